@@ -1,0 +1,28 @@
+"""Distillation of a linear student from its own softmax teacher, and the metrics that judge it."""
+
+import importlib
+
+_HOME = {
+    "TrainConfig": "config",
+    "distill": "trainer",
+    "evaluate": "evaluation",
+    "Distillation": "objective",
+    "frechet_distance": "metrics",
+    "kernel_distance": "metrics",
+    "kernel_distance_subsets": "metrics",
+    "psnr": "metrics",
+    "ssim": "metrics",
+    "inception_features": "features",
+    "random_features": "features",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

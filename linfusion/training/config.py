@@ -1,0 +1,181 @@
+"""The arguments of a distillation run, named as in diffusers' train_text_to_image.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = ("train_data_dir", "dataset_name", "train_shards_path_or_url", "train_prompts")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """What `distill` does, on what, for how long.
+
+    Exactly one source of pictures is given: `train_data_dir`, `dataset_name`,
+    `train_shards_path_or_url` or `train_prompts`.
+
+    Attributes:
+        pretrained_model_name_or_path: folder or hub name of the teacher pipeline, or "zoo:emoji".
+        revision, variant: passed to `from_pretrained`.
+        weights: student weights to start from; None starts from the teacher's own.
+        train_projections: also train to_q, to_k, to_v, to_out of each replaced layer.
+        projection_mid_dim: hidden width of the feature maps; None is the layer's own width.
+        train_data_dir: image folder; captions in metadata.jsonl, metadata.csv or a .txt beside.
+        dataset_name, dataset_config_name: a `datasets` set (hub name or local folder), its train split.
+        image_column, caption_column: their names in metadata files and `datasets` sets.
+        train_shards_path_or_url: WebDataset .tar shards on this machine; glob and {000..009}.
+        train_prompts: text file, one prompt a line: the teacher draws the pictures.
+        num_teacher_images: pictures the teacher draws for `train_prompts` (default one a prompt).
+        teacher_steps, teacher_guidance_scale: how it draws them.
+        max_train_samples: use only the first so many examples.
+        resolution: pixels of the (short) side.
+        extra_resolutions: further sizes at which each picture is also seen.
+        random_flip: also train on mirrored pictures.
+        image_interpolation_mode: one of nearest, bilinear, bicubic, lanczos.
+        use_aspect_ratio_buckets: crop to the nearest bucket instead of a square.
+        aspect_ratio_buckets: "h,w;h,w" in pixels; None makes them from `resolution`.
+        cache_dir: where latents and text states are kept; None is `output_dir`/cache.
+        vae_encode_batch_size: pictures or captions encoded at a time.
+        proportion_empty_prompts: share of examples whose caption is dropped, in [0, 1].
+        kd_weight, feature_weight: weights of L_kd and L_feat.
+        output_dir: gets the student's weights, checkpoints, samples and logs.
+        seed: of every random draw.
+        train_batch_size: examples per process and micro-step.
+        num_train_epochs: passes over the data when `max_train_steps` is None.
+        max_train_steps: optimizer steps.
+        gradient_accumulation_steps, gradient_checkpointing, mixed_precision, allow_tf32,
+        learning_rate, scale_lr, lr_scheduler, lr_warmup_steps, adam_beta1, adam_beta2,
+        adam_weight_decay, adam_epsilon, max_grad_norm: as in diffusers' scripts.
+        use_ema: keep a moving average of the learned part; it is then what is saved.
+        ema_decay: its greatest decay.
+        checkpointing_steps: optimizer steps between checkpoints; 0 writes none but the last.
+        checkpoints_total_limit: keep only the newest so many.
+        resume_from_checkpoint: "latest", or the path of a checkpoint-N folder.
+        validation_prompts: prompts of the teacher | student grid.
+        validation_steps: optimizer steps between grids; 0 draws none.
+        report_to: None or "tensorboard" (extra `train`).
+        logging_steps: optimizer steps between reports of the losses.
+    """
+
+    pretrained_model_name_or_path: str = "zoo:emoji"
+    revision: str | None = None
+    variant: str | None = None
+    weights: str | None = None
+    train_projections: bool = True
+    projection_mid_dim: int | None = None
+
+    train_data_dir: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    image_column: str = "image"
+    caption_column: str = "text"
+    train_shards_path_or_url: str | None = None
+    train_prompts: str | None = None
+    num_teacher_images: int | None = None
+    teacher_steps: int = 50
+    teacher_guidance_scale: float = 7.5
+    max_train_samples: int | None = None
+
+    resolution: int = 512
+    extra_resolutions: tuple[int, ...] = ()
+    random_flip: bool = False
+    image_interpolation_mode: str = "lanczos"
+    use_aspect_ratio_buckets: bool = False
+    aspect_ratio_buckets: str | None = None
+    cache_dir: str | None = None
+    vae_encode_batch_size: int = 32
+    proportion_empty_prompts: float = 0.1
+
+    kd_weight: float = 0.5
+    feature_weight: float = 0.5
+
+    output_dir: str = "linfusion-distilled"
+    seed: int = 0
+    train_batch_size: int = 16
+    num_train_epochs: int = 100
+    max_train_steps: int | None = None
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    mixed_precision: str = "no"
+    allow_tf32: bool = False
+    learning_rate: float = 1e-4
+    scale_lr: bool = False
+    lr_scheduler: str = "constant_with_warmup"
+    lr_warmup_steps: int = 500
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    use_ema: bool = True
+    ema_decay: float = 0.9999
+
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = None
+    resume_from_checkpoint: str | None = None
+    validation_prompts: tuple[str, ...] = ()
+    validation_steps: int = 0
+    report_to: str | None = None
+    logging_steps: int = 50
+
+    def __post_init__(self) -> None:
+        self.extra_resolutions = tuple(self.extra_resolutions)
+        self.validation_prompts = tuple(self.validation_prompts)
+        self._check_choices()
+        self._check_numbers()
+        self._check_source()
+
+    def _check_choices(self) -> None:
+        from diffusers.optimization import SchedulerType
+
+        schedules = [s.value for s in SchedulerType if s.value != "piecewise_constant"]
+        for name, accepted in (
+            ("mixed_precision", ("no", "fp16", "bf16")),
+            ("image_interpolation_mode", INTERPOLATIONS),
+            ("lr_scheduler", schedules),
+            ("report_to", (None, "tensorboard")),
+        ):
+            if (given := getattr(self, name)) not in accepted:
+                raise ValueError(
+                    f"{name}: got {given!r}, accepted are {', '.join(map(str, accepted))}"
+                )
+
+    def _check_numbers(self) -> None:
+        at_least = dict.fromkeys(
+            ("resolution", "train_batch_size", "num_train_epochs", "gradient_accumulation_steps",
+             "vae_encode_batch_size", "teacher_steps", "logging_steps", "max_train_steps",
+             "max_train_samples", "num_teacher_images", "checkpoints_total_limit"),
+            1,
+        ) | dict.fromkeys(
+            ("lr_warmup_steps", "checkpointing_steps", "validation_steps", "kd_weight",
+             "feature_weight", "adam_weight_decay", "learning_rate"),
+            0,
+        )  # fmt: skip
+        for name, least in at_least.items():
+            given = getattr(self, name)
+            if given is not None and not given >= least:  # `not >=` also refuses nan
+                raise ValueError(f"{name}: got {given}, accepted is {least} or more")
+        for given in self.extra_resolutions:
+            if given < 1:
+                raise ValueError(f"extra_resolutions: got {given}, accepted is 1 or more")
+        for name in ("proportion_empty_prompts", "ema_decay", "adam_beta1", "adam_beta2"):
+            if not 0 <= (given := getattr(self, name)) <= 1:
+                raise ValueError(f"{name}: got {given}, accepted is 0 to 1")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: got {self.max_grad_norm}, accepted is more than 0")
+
+    def _check_source(self) -> None:
+        given = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' / '.join(SOURCES)}: exactly one is needed, got {', '.join(given) or 'none'}"
+            )
+        if self.aspect_ratio_buckets is not None and not self.use_aspect_ratio_buckets:
+            raise ValueError("aspect_ratio_buckets: given, but use_aspect_ratio_buckets is off")
+        if self.validation_steps and not self.validation_prompts:
+            raise ValueError("validation_prompts: none given, but validation_steps is on")
+
+    @property
+    def cache_path(self) -> Path:
+        """Folder of the cached latents and text states."""
+        return Path(self.cache_dir) if self.cache_dir else Path(self.output_dir) / "cache"
