@@ -1,0 +1,64 @@
+"""Attention that is linear in the number of pixels or frames, for the diffusion models people have.
+
+Importing this package takes torch and nothing else heavy: every public name below is loaded the
+first time it is used (PEP 562).
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from linfusion.attention.linfusion import LinFusionProcessor
+    from linfusion.kernels import linear_attention
+    from linfusion.linearize import fuse, linearize, restore, summary, unfuse
+    from linfusion.weights import LinFusion
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LinFusion": "linfusion.weights",
+    "LinFusionProcessor": "linfusion.attention.linfusion",
+    "fuse": "linfusion.linearize",
+    "linear_attention": "linfusion.kernels",
+    "linearize": "linfusion.linearize",
+    "restore": "linfusion.linearize",
+    "summary": "linfusion.linearize",
+    "unfuse": "linfusion.linearize",
+}
+
+__all__ = [
+    "LinFusion",
+    "LinFusionProcessor",
+    "__version__",
+    "fuse",
+    "linear_attention",
+    "linearize",
+    "restore",
+    "summary",
+    "unfuse",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'linfusion' has no attribute {name!r}; it has {__all__}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `linfusion.linearize` the function: importing the submodule of that name binds it here."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
