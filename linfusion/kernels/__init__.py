@@ -1,0 +1,10 @@
+"""Functions on tensors: no diffusers, no modules, and triton only when a GPU asks for it."""
+
+from linfusion.kernels.linear_attention import (
+    LinearState,
+    linear_attention,
+    linear_read,
+    linear_state,
+)
+
+__all__ = ["LinearState", "linear_attention", "linear_read", "linear_state"]
