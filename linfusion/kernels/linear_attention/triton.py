@@ -1,0 +1,424 @@
+"""Linear attention in Triton: what launches the kernels of `triton_forward` and `triton_backward`.
+
+The kernels have been compiled for sm_80, sm_90, sm_100 and gfx942 (`make aot`,
+`docs/kernels-aot.md`) and compared with the reference in Triton's interpreter. They have never run
+on a GPU.
+
+Tensors are [B, N, H, D] with any strides for batch, token and head; a last axis that is not
+contiguous is copied once. Loads are 16 bytes wide when every stride is a multiple of 16 bytes, as
+it is for D in 40, 64, 80, 128, 160.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from linfusion.kernels.linear_attention.triton_backward import (
+    linear_bwd_kv,
+    linear_bwd_q,
+    linear_bwd_q_rows,
+)
+from linfusion.kernels.linear_attention.triton_configs import (
+    FUSED_BACKWARD_COLUMNS,
+    Tile,
+    num_splits,
+    tile_for,
+)
+from linfusion.kernels.linear_attention.triton_forward import (
+    linear_out_fwd,
+    linear_state_fwd,
+    linear_state_reduce,
+)
+
+__all__ = [
+    "Launch",
+    "Target",
+    "attention_backward",
+    "read_backward",
+    "read_forward",
+    "state_backward",
+    "state_forward",
+]
+
+_DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_REDUCE_BLOCK = 1024
+
+
+class Launch(NamedTuple):
+    """One call of a kernel, ready to run or to compile ahead of time."""
+
+    kernel: Any
+    programs: int
+    args: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Target(NamedTuple):
+    """What the kernels are launched for.
+
+    Attributes:
+        vendor: "cuda", "hip", or "interpreter".
+        multiprocessors: of the GPU; sets how many programs share a sequence.
+        launch: takes a `Launch`. The ahead-of-time gate collects them instead of running them.
+    """
+
+    vendor: str
+    multiprocessors: int
+    launch: Callable[[Launch], None]
+
+
+def state_forward(
+    k: Tensor,
+    v: Tensor,
+    key_weight: Tensor | None,
+    feature_map: str,
+    *,
+    splits: int | None = None,
+    target: Target | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The state of the keys and values: means over the tokens of φ(k)ᵀ v and of φ(k).
+
+    Bitwise reproducible for a given shape, GPU and `splits`.
+
+    Args:
+        k: [B, M, H, D], float32, float16 or bfloat16.
+        v: [B, M, H, Dv].
+        key_weight: weight of each key, [B, M] or [1, M], applied after the feature map.
+        feature_map: "elu1", "relu" or "identity".
+        splits: programs that share the tokens of one head; None decides from the shape.
+
+    Returns:
+        kv [B, H, D, Dv], k_mean [B, H, D] and count [B] (the sum of the weights), float32.
+
+    Raises:
+        ValueError: a dtype the kernels do not take, or a device without Triton.
+    """
+    target = target or _target(k, v)
+    batch, tokens = k.shape[:2]
+    if key_weight is None:
+        count = torch.full((batch,), tokens, dtype=torch.float32, device=k.device)
+        return *_state(k, v, None, count, "mean", feature_map, splits, target), count
+    weight = _key_weight(key_weight, batch, tokens)
+    count = weight.sum(1)
+    weights = (weight, weight, tokens, 0)
+    return *_state(k, v, weights, count, "mean", feature_map, splits, target), count
+
+
+def read_forward(
+    q: Tensor,
+    kv: Tensor,
+    k_mean: Tensor,
+    feature_map: str,
+    normalizer: str | None,
+    eps: float,
+    count: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    target: Target | None = None,
+) -> Tensor:
+    """The output of each query: φ(q)·S / (φ(q)·m + ε).
+
+    Args:
+        q: [B, N, H, D].
+        kv, k_mean, count: what `state_forward` returns.
+        normalizer: "mean"; "sum", where S, m are sums and ε is on their scale; None, where the
+            output is φ(q)·S with S a sum.
+        eps: added to the denominator.
+        out_dtype: of the result.
+
+    Returns:
+        [B, N, H, Dv], contiguous.
+    """
+    target = target or _target(q)
+    q, kv, k_mean, count = _rows(q), kv.contiguous(), k_mean.contiguous(), count.contiguous()
+    batch, tokens, heads, d = q.shape
+    dv = kv.shape[-1]
+    o = torch.empty(batch, tokens, heads, dv, dtype=out_dtype, device=q.device)
+    tile = _tile(target, "out", d, dv, q)
+    align, (q_strides, o_strides) = _strides(q, o)
+    _launch(
+        target,
+        linear_out_fwd,
+        batch * heads * triton.cdiv(tokens, tile.tokens),
+        tile,
+        {"Q": q, "KV": kv, "K_MEAN": k_mean, "COUNT": count, "OUT": o}
+        | {"tokens": tokens, "heads": heads, "eps": float(eps)}
+        | _named("q", q_strides)
+        | _named("o", o_strides)
+        | _constants(d, dv, tile, feature_map, align, target, q)
+        | {"NORMALIZER": normalizer or "none"},
+    )
+    return o
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_weight: Tensor | None,
+    kv: Tensor,
+    k_mean: Tensor,
+    count: Tensor,
+    feature_map: str,
+    normalizer: str | None,
+    eps: float,
+    *,
+    splits: int | None = None,
+    target: Target | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `read_forward(q, *state_forward(k, v))` (equations: `triton_backward`).
+
+    Args:
+        do: gradient of the output, [B, N, H, Dv].
+
+    Returns:
+        dq, dk and dv, in the dtypes of q, k and v.
+    """
+    dq, dkv, dk_mean = read_backward(
+        do, q, kv, k_mean, count, feature_map, normalizer, eps, splits=splits, target=target
+    )
+    dk, dv = state_backward(dkv, dk_mean, k, v, key_weight, count, feature_map, target=target)
+    return dq, dk, dv
+
+
+def read_backward(
+    do: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    k_mean: Tensor,
+    count: Tensor,
+    feature_map: str,
+    normalizer: str | None,
+    eps: float,
+    *,
+    splits: int | None = None,
+    target: Target | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `read_forward` with respect to q, kv and k_mean.
+
+    One pass over q and do for heads of up to 64 columns, two for wider ones.
+    """
+    target = target or _target(do, q)
+    do, q = _rows(do), _rows(q)
+    kv, k_mean, count = kv.contiguous(), k_mean.contiguous(), count.contiguous()
+    batch, tokens, heads, d = q.shape
+    dv = do.shape[-1]
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    align, (q_strides, do_strides, dq_strides) = _strides(q, do, dq)
+    fused = max(d, dv) <= FUSED_BACKWARD_COLUMNS
+    tile = _tile(target, "bwd_q" if fused else "bwd_q_rows", d, dv, q, do)
+    args = (
+        {"Q": q, "DO": do, "KV": kv, "K_MEAN": k_mean, "COUNT": count, "DQ": dq}
+        | {"tokens": tokens, "heads": heads, "eps": float(eps)}
+        | _named("q", q_strides)
+        | _named("g", do_strides)
+        | _named("dq", dq_strides)
+        | _constants(d, dv, tile, feature_map, align, target, q, do)
+        | {"NORMALIZER": normalizer or "none"}
+    )
+    # The partial sums are gradients of S, which is c times the mean where nothing normalises.
+    scale = "sum" if normalizer is None else "one"
+    if not fused:
+        inv = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
+        delta = torch.empty_like(inv)
+        programs = batch * heads * triton.cdiv(tokens, tile.tokens)
+        args |= {"INV": inv, "DELTA": delta}
+        _launch(target, linear_bwd_q_rows, programs, tile, args)
+        weights = (inv, delta, heads * tokens, tokens)
+        return dq, *_state(q, do, weights, count, scale, feature_map, splits, target)
+    splits, share = _split(target, splits, tokens, d, batch * heads, tile)
+    partial = torch.empty(batch, heads, splits, d * dv + d, dtype=torch.float32, device=q.device)
+    args |= {"PARTIAL": partial, "splits": splits, "tokens_per_split": share}
+    _launch(target, linear_bwd_q, batch * heads * splits, tile, args)
+    return dq, *_reduce(partial, count, d, dv, scale, target)
+
+
+def state_backward(
+    dkv: Tensor,
+    dk_mean: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_weight: Tensor | None,
+    count: Tensor,
+    feature_map: str,
+    *,
+    target: Target | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `state_forward` with respect to k and v, from those of kv and k_mean."""
+    target = target or _target(k, v)
+    k, v, count = _rows(k), _rows(v), count.contiguous()
+    dkv, dk_mean = dkv.contiguous(), dk_mean.contiguous()
+    batch, tokens, heads, d = k.shape
+    dv = v.shape[-1]
+    weight = None if key_weight is None else _key_weight(key_weight, batch, tokens)
+    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    dv_out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    tile = _tile(target, "bwd_kv", d, dv, k, v)
+    align, (k_strides, v_strides, dk_strides, dv_strides) = _strides(k, v, dk, dv_out)
+    _launch(
+        target,
+        linear_bwd_kv,
+        batch * heads * triton.cdiv(tokens, tile.tokens),
+        tile,
+        {"K": k, "V": v, "W": count if weight is None else weight}
+        | {"DKV": dkv, "DK_MEAN": dk_mean, "COUNT": count, "DK": dk, "DV_OUT": dv_out}
+        | {"tokens": tokens, "heads": heads, "w_sb": tokens}
+        | _named("k", k_strides)
+        | _named("v", v_strides)
+        | _named("dk", dk_strides)
+        | _named("dv", dv_strides)
+        | _constants(d, dv, tile, feature_map, align, target, k, v)
+        | {"WEIGHTED": weight is not None},
+    )
+    return dk, dv_out
+
+
+def _state(
+    k: Tensor,
+    v: Tensor,
+    weights: tuple[Tensor, Tensor, int, int] | None,
+    count: Tensor,
+    scale: str,
+    feature_map: str,
+    splits: int | None,
+    target: Target,
+) -> tuple[Tensor, Tensor]:
+    """Sums over tokens of φ(k)ᵀ v and φ(k), weighted, scaled once.
+
+    `weights` is (of φ(k)ᵀ v, of φ(k), stride over the batch, stride over heads).
+    """
+    k, v = _rows(k), _rows(v)
+    batch, tokens, heads, d = k.shape
+    dv = v.shape[-1]
+    tile = _tile(target, "state", d, dv, k, v)
+    groups = batch * heads * triton.cdiv(d, tile.d) * triton.cdiv(dv, tile.e)
+    splits, share = _split(target, splits, tokens, d, groups, tile)
+    partial = torch.empty(batch, heads, splits, d * dv + d, dtype=torch.float32, device=k.device)
+    w_kv, w_k, w_sb, w_sh = weights or (count, count, 0, 0)
+    align, (k_strides, v_strides) = _strides(k, v)
+    _launch(
+        target,
+        linear_state_fwd,
+        groups * splits,
+        tile,
+        {"K": k, "V": v, "W_KV": w_kv, "W_K": w_k, "PARTIAL": partial}
+        | {"tokens": tokens, "heads": heads, "splits": splits, "tokens_per_split": share}
+        | _named("k", k_strides)
+        | _named("v", v_strides)
+        | {"w_sb": w_sb, "w_sh": w_sh}
+        | _constants(d, dv, tile, feature_map, align, target, k, v)
+        | {"WEIGHTED": weights is not None},
+    )
+    return _reduce(partial, count, d, dv, scale, target)
+
+
+def _reduce(
+    partial: Tensor, count: Tensor, d: int, dv: int, scale: str, target: Target
+) -> tuple[Tensor, Tensor]:
+    batch, heads, splits, size = partial.shape
+    kv = torch.empty(batch, heads, d, dv, dtype=torch.float32, device=partial.device)
+    k_mean = torch.empty(batch, heads, d, dtype=torch.float32, device=partial.device)
+    args = {"PARTIAL": partial, "COUNT": count, "KV": kv, "K_MEAN": k_mean}
+    args |= {"heads": heads, "splits": splits}
+    args |= {"D": d, "DV": dv, "BLOCK": _REDUCE_BLOCK, "SCALE": scale}
+    programs = batch * heads * triton.cdiv(size, _REDUCE_BLOCK)
+    _launch(target, linear_state_reduce, programs, Tile(1, d, dv, warps=4, stages=1), args)
+    return kv, k_mean
+
+
+def _launch(target: Target, kernel: Any, programs: int, tile: Tile, args: dict[str, Any]) -> None:
+    # Whether a·b + c is fused is said here, since Triton 3.10 will change its default.
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    target.launch(Launch(kernel, programs, args, options))
+
+
+def _run(launch: Launch) -> None:
+    device = next(x.device for x in launch.args.values() if isinstance(x, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        launch.kernel[(launch.programs,)](**launch.args, **launch.options)
+
+
+def _target(*tensors: Tensor) -> Target:
+    for tensor in tensors:
+        if tensor.dtype not in _DOT:
+            raise ValueError(
+                f"impl: 'triton' takes float32, float16 and bfloat16 tensors, got {tensor.dtype}"
+            )
+    device = tensors[0].device
+    if device.type == "cuda":
+        vendor = "hip" if torch.version.hip else "cuda"
+        return Target(vendor, _multiprocessors(device), _run)
+    if triton.knobs.runtime.interpret:
+        return Target("interpreter", 1, _run)
+    raise ValueError(
+        f"impl: 'triton' needs tensors on a CUDA or ROCm device, got {device}; "
+        "on a CPU set TRITON_INTERPRET=1 before the first import, for tests only"
+    )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tile(target: Target, kernel: str, d: int, dv: int, *operands: Tensor) -> Tile:
+    vendor = "cuda" if target.vendor == "interpreter" else target.vendor
+    return tile_for(vendor, kernel, d, dv, max(t.element_size() for t in operands))
+
+
+def _split(
+    target: Target, splits: int | None, tokens: int, d: int, groups: int, tile: Tile
+) -> tuple[int, int]:
+    """The number of splits, and the tokens of each: a multiple of the block."""
+    if splits is None:
+        splits = num_splits(tokens, d, groups, tile.tokens, target.multiprocessors)
+    blocks = triton.cdiv(tokens, tile.tokens)
+    return splits, triton.cdiv(blocks, splits) * tile.tokens
+
+
+def _constants(
+    d: int, dv: int, tile: Tile, feature_map: str, align: int, target: Target, *operands: Tensor
+) -> dict[str, Any]:
+    # The interpreter's products in half precision are not those of a GPU (in bfloat16 they are
+    # wrong), so there the operands stay in float32. Elsewhere float32 keeps its 24 bits:
+    # three TF32 products on NVIDIA, and native float32 matrix instructions on AMD.
+    dtypes = {t.dtype for t in operands}
+    exact = target.vendor == "interpreter" or len(dtypes) > 1
+    sizes = {"D": d, "DV": dv, "BN": tile.tokens, "BD": tile.d, "BE": tile.e}
+    return sizes | {
+        "PHI": feature_map,
+        "DOT": tl.float32 if exact else _DOT[dtypes.pop()],
+        "PRECISION": "tf32x3" if target.vendor == "cuda" else "ieee",
+        "ALIGN": align,
+    }
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with contiguous features: the kernels read them 16 bytes at a time."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _strides(*tensors: Tensor) -> tuple[int, list[tuple[int, int, int]]]:
+    """A power of two up to 16 that divides every stride, and the strides divided by it."""
+    strides = [
+        tuple(0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        for t in tensors
+    ]
+    align = math.gcd(16, *(s for b, n, h, _ in strides for s in (b, n, h)))
+    return align, [(b // align, n // align, h // align) for b, n, h, _ in strides]
+
+
+def _named(name: str, strides: tuple[int, int, int]) -> dict[str, int]:
+    return dict(zip((f"{name}_sb", f"{name}_sn", f"{name}_sh"), strides, strict=True))
+
+
+def _key_weight(key_weight: Tensor, batch: int, tokens: int) -> Tensor:
+    return key_weight.to(torch.float32).expand(batch, tokens).contiguous()
