@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -163,7 +162,7 @@ def _check_choices(feature_map: FeatureMap, normalizer: str | None, eps: float) 
         )
     if normalizer not in ("mean", "sum", None):
         raise ValueError(f"normalizer: expected 'mean', 'sum' or None, got {normalizer!r}")
-    if not isinstance(eps, (int, float)) or not math.isfinite(eps) or eps < 0:
+    if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps: expected a finite number of at least 0, got {eps!r}")
     return "identity" if callable(feature_map) else feature_map
 

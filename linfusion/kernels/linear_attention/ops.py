@@ -1,4 +1,4 @@
-"""Linear attention as `torch.library` operators: schema, fake, autograd and vmap, one boundary a call.
+"""Linear attention as `torch.library` operators: fakes, gradients and vmap, one boundary a call.
 
 Importing this file needs torch alone. The kernels behind `impl` are imported at the first call, so
 `torch.compile(fullgraph=True)` sees one opaque node and a machine without triton loses nothing.
@@ -30,6 +30,15 @@ _LIBRARY.define(
     "linear_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? key_weight, "
     "Tensor kv, Tensor k_mean, Tensor count, str feature_map, str normalizer, float eps, "
     "str impl) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+_LIBRARY.define(
+    "linear_state_backward(Tensor dkv, Tensor dk_mean, Tensor k, Tensor v, Tensor? key_weight, "
+    "Tensor count, str feature_map, str impl) -> (Tensor dk, Tensor dv)"
+)
+_LIBRARY.define(
+    "linear_read_backward(Tensor do, Tensor q, Tensor kv, Tensor k_mean, Tensor count, "
+    "str feature_map, str normalizer, float eps, str impl) "
+    "-> (Tensor dq, Tensor dkv, Tensor dk_mean)"
 )
 _LIBRARY.define(
     "linear_state(Tensor k, Tensor v, Tensor? key_weight, str feature_map, str impl) "
@@ -158,12 +167,6 @@ def _read(
     )
 
 
-_LIBRARY.impl("linear_attention", _attention, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_attention_backward", _attention_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_state", _state, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear_read", _read, "CompositeExplicitAutograd")
-
-
 def _state_backward(
     dkv: Tensor,
     dk_mean: Tensor,
@@ -189,3 +192,152 @@ def _read_backward(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _kernels(impl).read_backward(do, q, kv, k_mean, count, feature_map, normalizer, eps)
+
+
+# Fakes: shapes, dtypes and strides of what the kernels return.
+
+
+def _state_fake(
+    k: Tensor, v: Tensor, key_weight: Tensor | None, feature_map: str, impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, _, heads, dim = k.shape
+    dtype = accumulator(k, v)
+    return (
+        k.new_empty(batch, heads, dim, v.shape[3], dtype=dtype),
+        k.new_empty(batch, heads, dim, dtype=dtype),
+        k.new_empty(batch, dtype=dtype),
+    )
+
+
+def _read_fake(
+    q: Tensor,
+    kv: Tensor,
+    k_mean: Tensor,
+    feature_map: str,
+    normalizer: str,
+    eps: float,
+    count: Tensor,
+    out_dtype: torch.dtype,
+    impl: str,
+) -> Tensor:
+    return q.new_empty(*q.shape[:3], kv.shape[3], dtype=out_dtype)
+
+
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_weight: Tensor | None,
+    feature_map: str,
+    normalizer: str,
+    eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return v.new_empty(*q.shape[:3], v.shape[3]), *_state_fake(k, v, key_weight, feature_map, impl)
+
+
+def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in tensors)
+
+
+def _attention_backward_fake(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _empty_like(q, k, v)
+
+
+def _state_backward_fake(
+    dkv: Tensor, dk_mean: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _empty_like(k, v)
+
+
+def _read_backward_fake(
+    do: Tensor, q: Tensor, kv: Tensor, k_mean: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    return _empty_like(q, kv, k_mean)
+
+
+# Gradients. The kernels save their inputs and the state: nothing else as long as the tokens.
+
+
+def _attention_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, key_weight, *ctx.choices = inputs
+    _, *state = output
+    ctx.mark_non_differentiable(*state)
+    ctx.save_for_backward(q, k, v, key_weight, *state)
+
+
+def _attention_grad(ctx: Any, do: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.linfusion.linear_attention_backward(do, *ctx.saved_tensors, *ctx.choices)
+    return *grads, None, None, None, None, None
+
+
+def _state_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    k, v, key_weight, *ctx.choices = inputs
+    count = output[2]
+    ctx.mark_non_differentiable(count)
+    ctx.save_for_backward(k, v, key_weight, count)
+
+
+def _state_grad(ctx: Any, dkv: Tensor, dk_mean: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.linfusion.linear_state_backward(
+        dkv, dk_mean, *ctx.saved_tensors, *ctx.choices
+    )
+    return *grads, None, None, None
+
+
+def _read_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, kv, k_mean, feature_map, normalizer, eps, count, _, impl = inputs
+    ctx.choices = (feature_map, normalizer, eps, impl)
+    ctx.save_for_backward(q, kv, k_mean, count)
+
+
+def _read_grad(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.linfusion.linear_read_backward(do, *ctx.saved_tensors, *ctx.choices)
+    return *grads, None, None, None, None, None, None
+
+
+def _grad_of_grad(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "linear_attention: this implementation is differentiable once; impl='reference' is "
+        "differentiable any number of times"
+    )
+
+
+def _fold_vmap(op: Any) -> Any:
+    """A vmap rule: every tensor of every operator starts with the batch, so fold into it."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        def fold(x: Any, dim: int | None) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.flatten(0, 1)
+
+        out = op(*map(fold, args, in_dims))
+        unfold = [o.unflatten(0, (info.batch_size, -1)) for o in _as_tuple(out)]
+        return (unfold[0], 0) if isinstance(out, Tensor) else (tuple(unfold), (0,) * len(unfold))
+
+    return rule
+
+
+def _as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def _register(name: str, kernel: Any, fake: Any, grad: Any, save: Any = None) -> None:
+    qualified = f"linfusion::{name}"
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    torch.library.register_autograd(qualified, grad, setup_context=save, lib=_LIBRARY)
+    op = getattr(torch.ops.linfusion, name)
+    torch.library.register_vmap(qualified, _fold_vmap(op), lib=_LIBRARY)
+
+
+_register("linear_attention", _attention, _attention_fake, _attention_grad, _attention_save)
+_register("linear_state", _state, _state_fake, _state_grad, _state_save)
+_register("linear_read", _read, _read_fake, _read_grad, _read_save)
+_register("linear_attention_backward", _attention_backward, _attention_backward_fake, _grad_of_grad)
+_register("linear_state_backward", _state_backward, _state_backward_fake, _grad_of_grad)
+_register("linear_read_backward", _read_backward, _read_backward_fake, _grad_of_grad)
