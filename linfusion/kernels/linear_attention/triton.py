@@ -91,17 +91,14 @@ def state_forward(
     Args:
         k: [B, M, H, D], float32, float16 or bfloat16.
         v: [B, M, H, Dv].
-        key_weight: weight of each key, [B, M] or [1, M], applied after the feature map.
+        key_weight: weight of each key, [B, M] or [1, M], applied after the feature map, or None.
         feature_map: "elu1", "relu" or "identity".
         splits: programs that share the tokens of one head; None decides from the shape.
 
     Returns:
         kv [B, H, D, Dv], k_mean [B, H, D] and count [B] (the sum of the weights), float32.
-
-    Raises:
-        ValueError: a dtype the kernels do not take, or a device without Triton.
     """
-    target = target or _target(k, v)
+    target = target or _target(k)
     batch, tokens = k.shape[:2]
     if key_weight is None:
         count = torch.full((batch,), tokens, dtype=torch.float32, device=k.device)
@@ -117,7 +114,7 @@ def read_forward(
     kv: Tensor,
     k_mean: Tensor,
     feature_map: str,
-    normalizer: str | None,
+    normalizer: str,
     eps: float,
     count: Tensor,
     out_dtype: torch.dtype,
@@ -129,8 +126,8 @@ def read_forward(
     Args:
         q: [B, N, H, D].
         kv, k_mean, count: what `state_forward` returns.
-        normalizer: "mean"; "sum", where S, m are sums and ε is on their scale; None, where the
-            output is φ(q)·S with S a sum.
+        normalizer: "mean"; "sum", where S, m are sums and ε is on their scale; "none", where
+            the output is φ(q)·S with S a sum.
         eps: added to the denominator.
         out_dtype: of the result.
 
@@ -154,7 +151,7 @@ def read_forward(
         | _named("q", q_strides)
         | _named("o", o_strides)
         | _constants(d, dv, tile, feature_map, align, target, q)
-        | {"NORMALIZER": normalizer or "none"},
+        | {"NORMALIZER": normalizer},
     )
     return o
 
@@ -169,7 +166,7 @@ def attention_backward(
     k_mean: Tensor,
     count: Tensor,
     feature_map: str,
-    normalizer: str | None,
+    normalizer: str,
     eps: float,
     *,
     splits: int | None = None,
@@ -197,7 +194,7 @@ def read_backward(
     k_mean: Tensor,
     count: Tensor,
     feature_map: str,
-    normalizer: str | None,
+    normalizer: str,
     eps: float,
     *,
     splits: int | None = None,
@@ -207,7 +204,7 @@ def read_backward(
 
     One pass over q and do for heads of up to 64 columns, two for wider ones.
     """
-    target = target or _target(do, q)
+    target = target or _target(q)
     do, q = _rows(do), _rows(q)
     kv, k_mean, count = kv.contiguous(), k_mean.contiguous(), count.contiguous()
     batch, tokens, heads, d = q.shape
@@ -223,10 +220,10 @@ def read_backward(
         | _named("g", do_strides)
         | _named("dq", dq_strides)
         | _constants(d, dv, tile, feature_map, align, target, q, do)
-        | {"NORMALIZER": normalizer or "none"}
+        | {"NORMALIZER": normalizer}
     )
     # The partial sums are gradients of S, which is c times the mean where nothing normalises.
-    scale = "sum" if normalizer is None else "one"
+    scale = "sum" if normalizer == "none" else "one"
     if not fused:
         inv = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
         delta = torch.empty_like(inv)
@@ -254,7 +251,7 @@ def state_backward(
     target: Target | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `state_forward` with respect to k and v, from those of kv and k_mean."""
-    target = target or _target(k, v)
+    target = target or _target(k)
     k, v, count = _rows(k), _rows(v), count.contiguous()
     dkv, dk_mean = dkv.contiguous(), dk_mean.contiguous()
     batch, tokens, heads, d = k.shape
@@ -327,7 +324,7 @@ def _reduce(
     batch, heads, splits, size = partial.shape
     kv = torch.empty(batch, heads, d, dv, dtype=torch.float32, device=partial.device)
     k_mean = torch.empty(batch, heads, d, dtype=torch.float32, device=partial.device)
-    args = {"PARTIAL": partial, "COUNT": count, "KV": kv, "K_MEAN": k_mean}
+    args: dict[str, Any] = {"PARTIAL": partial, "COUNT": count, "KV": kv, "K_MEAN": k_mean}
     args |= {"heads": heads, "splits": splits}
     args |= {"D": d, "DV": dv, "BLOCK": _REDUCE_BLOCK, "SCALE": scale}
     programs = batch * heads * triton.cdiv(size, _REDUCE_BLOCK)
@@ -347,26 +344,12 @@ def _run(launch: Launch) -> None:
         launch.kernel[(launch.programs,)](**launch.args, **launch.options)
 
 
-def _target(*tensors: Tensor) -> Target:
-    for tensor in tensors:
-        if tensor.dtype not in _DOT:
-            raise ValueError(
-                f"impl: 'triton' takes float32, float16 and bfloat16 tensors, got {tensor.dtype}"
-            )
-    device = tensors[0].device
-    if device.type == "cuda":
-        vendor = "hip" if torch.version.hip else "cuda"
-        return Target(vendor, _multiprocessors(device), _run)
-    if triton.knobs.runtime.interpret:
+def _target(tensor: Tensor) -> Target:
+    """The GPU of `tensor`; on a CPU the interpreter, the only thing that runs there."""
+    if tensor.device.type != "cuda":
         return Target("interpreter", 1, _run)
-    raise ValueError(
-        f"impl: 'triton' needs tensors on a CUDA or ROCm device, got {device}; "
-        "on a CPU set TRITON_INTERPRET=1 before the first import, for tests only"
-    )
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return Target("hip" if torch.version.hip else "cuda", properties.multi_processor_count, _run)
 
 
 def _tile(target: Target, kernel: str, d: int, dv: int, *operands: Tensor) -> Tile:

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# The bodies are Triton's language; Python's types do not describe them.
 """Triton kernels of the backward pass. The conventions are those of `triton_forward.py`.
 
 With g_i = dO_i Sᵀ, z_i = φ(q_i)·m + ε and δ_i = −φ(q_i)·g_i / z_i²:

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# The bodies are Triton's language; Python's types do not describe them.
 """Triton kernels of the forward pass: per-split states, their reduction, and the read.
 
 Tensors are sequence first, heads last. Conventions held by every kernel here and in
