@@ -21,7 +21,7 @@ class TrainConfig:
         train_projections: also train to_q, to_k, to_v, to_out of each replaced layer.
         projection_mid_dim: hidden width of the feature maps; None is the layer's own width.
         train_data_dir: image folder; captions in metadata.jsonl, metadata.csv or a .txt beside.
-        dataset_name, dataset_config_name: a `datasets` set (hub name or local folder), its train split.
+        dataset_name, dataset_config_name: a `datasets` set (hub name or folder), its train split.
         image_column, caption_column: their names in metadata files and `datasets` sets.
         train_shards_path_or_url: WebDataset .tar shards on this machine; glob and {000..009}.
         train_prompts: text file, one prompt a line: the teacher draws the pictures.

@@ -1,18 +1,320 @@
-"""Distil the linear student of a pipeline from its softmax teacher (Liu et al. 2024, LinFusion)."""
+"""Distil the linear student of a pipeline from its softmax teacher (Liu et al. 2024, LinFusion).
 
+Everything random in a step is drawn from a generator seeded by (seed, process, number of the
+micro-step), and the order of the data is a function of the seed: a run that was killed continues
+from its last checkpoint to the same weights, bit for bit on CPU.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
 
+from linfusion.training.cache import TrainingSet
+from linfusion.training.checkpoints import (
+    checkpoint_to_resume,
+    remove_leftovers,
+    save_checkpoint,
+    save_only_what_is_learned,
+    step_of,
+    warn_of_changes,
+)
 from linfusion.training.config import TrainConfig
+from linfusion.training.data import (
+    Example,
+    datasets_set,
+    digest,
+    image_folder,
+    webdataset_shards,
+)
+from linfusion.training.objective import Distillation, noise_scheduler, training_target
+from linfusion.weights import save_weights
 
 
 def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -> Path:
-    """Train, and return the folder of the student's weights (`config.output_dir`).
+    """Train a linear student and save it.
 
     Args:
         config: what to do; see `TrainConfig`.
         pipeline: the teacher, if it is in memory already; otherwise it is loaded from
-            `config.pretrained_model_name_or_path`. It is given back as it came.
+            `config.pretrained_model_name_or_path`. Its UNet is given back as it came.
+
+    Returns:
+        `config.output_dir`, which holds the student's weights (of the moving average, if there is
+        one) as `linfusion.linearize(pipe, weights=...)` takes them.
+
+    Raises:
+        ValueError: an argument that cannot be; nothing has been changed or written then.
+        ImportError: an optional part that is missing; the message names the extra.
     """
-    raise NotImplementedError
+    if config.report_to == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError('report_to needs tensorboard: pip install "linfusion[train]"')
+    resume = checkpoint_to_resume(config)
+    examples = load_examples(config)
+    pipe = pipeline if pipeline is not None else load_pipeline(config)
+    scheduler = noise_scheduler(pipe.scheduler)
+
+    out = Path(config.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        mixed_precision=config.mixed_precision,
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "logs")),
+    )
+    set_seed(config.seed)
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    if accelerator.is_main_process:
+        remove_leftovers(out)
+        (out / "train_config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+
+    pipe.to(accelerator.device)
+    with accelerator.main_process_first():
+        data = TrainingSet(config, pipe, examples, processes=accelerator.num_processes)
+    if not config.validation_steps:  # nothing is encoded or decoded from here on
+        for name in ("vae", "text_encoder", "text_encoder_2"):
+            if getattr(pipe, name, None) is not None and accelerator.device.type != "cpu":
+                getattr(pipe, name).to("cpu")
+
+    pair = Distillation(
+        pipe.unet,
+        weights=config.weights,
+        train_projections=config.train_projections,
+        projection_mid_dim=config.projection_mid_dim,
+    )
+    checkpointing = pipe.unet.is_gradient_checkpointing
+    try:
+        if config.gradient_checkpointing:
+            pipe.unet.enable_gradient_checkpointing()
+        _train(config, accelerator, pipe, pair, scheduler, data, resume)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            save_weights(pipe.unet, out)
+    finally:
+        accelerator.end_training()
+        if config.gradient_checkpointing and not checkpointing:
+            pipe.unet.disable_gradient_checkpointing()
+        pipe.unet = accelerator.unwrap_model(pipe.unet, keep_fp32_wrapper=False)
+        pair.close()
+        accelerator.free_memory()
+    return out
+
+
+def load_pipeline(config: TrainConfig) -> DiffusionPipeline:
+    """The teacher of a configuration, from a folder, the hub or the zoo."""
+    name = config.pretrained_model_name_or_path
+    if name.startswith("zoo:"):
+        from linfusion import zoo
+
+        name = str(zoo.path(name.removeprefix("zoo:")))
+    return DiffusionPipeline.from_pretrained(
+        name, revision=config.revision, variant=config.variant, safety_checker=None
+    )
+
+
+def load_examples(config: TrainConfig) -> list[Example] | None:
+    """Pictures and captions of the configured source; None if the teacher is to draw them."""
+    if config.train_data_dir is not None:
+        return image_folder(
+            config.train_data_dir,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+        )
+    if config.dataset_name is not None:
+        return datasets_set(
+            config.dataset_name,
+            config.dataset_config_name,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+        )
+    if config.train_shards_path_or_url is not None:
+        return webdataset_shards(
+            config.train_shards_path_or_url, caption_column=config.caption_column
+        )
+    return None
+
+
+def _train(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    pipe: DiffusionPipeline,
+    pair: Distillation,
+    scheduler: Any,
+    data: TrainingSet,
+    resume: Path | None,
+) -> None:
+    names, parameters = zip(*pair.trained().items(), strict=True)
+    accumulation = config.gradient_accumulation_steps
+    steps = config.max_train_steps
+    if steps is None:
+        steps = -(-config.num_train_epochs * data.batches_per_epoch // accumulation)
+    lr = config.learning_rate
+    if config.scale_lr:
+        lr *= accumulation * config.train_batch_size * accelerator.num_processes
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+    # An accelerated schedule is stepped once a process: it counts in steps × processes.
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
+        num_training_steps=steps * accelerator.num_processes,
+    )
+    student, optimizer, schedule = accelerator.prepare(pair.unet, optimizer, schedule)
+    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
+    save_only_what_is_learned(accelerator, names, parameters, ema)
+    if config.report_to is not None:
+        accelerator.init_trackers("linfusion", config=_flat(config))
+
+    done = 0
+    if resume is not None:
+        warn_of_changes(resume, config)
+        accelerator.load_state(str(resume))
+        done = step_of(resume)
+    totals: dict[str, Tensor] = {}
+    summed = 0
+    bar = tqdm(total=steps, initial=done, desc="distil", disable=not accelerator.is_main_process)
+    for step in range(done, steps):
+        for micro in range(step * accumulation, (step + 1) * accumulation):
+            with accelerator.accumulate(student):
+                losses = _losses(config, accelerator, pair, student, scheduler, data, micro)
+                accelerator.backward(losses["loss"])
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach()
+            summed += 1
+        if ema is not None:
+            ema.step(parameters)
+        bar.update()
+
+        now = step + 1
+        if now % config.logging_steps == 0 or now == steps:
+            means = {name: (value / summed).item() for name, value in totals.items()}
+            totals.clear()
+            summed = 0
+            bar.set_postfix({name: f"{value:.4f}" for name, value in means.items()})
+            accelerator.log(means | {"lr": schedule.get_last_lr()[0]}, step=now)
+        if now == steps or (config.checkpointing_steps and now % config.checkpointing_steps == 0):
+            save_checkpoint(config, accelerator, now)
+        if config.validation_steps and now % config.validation_steps == 0:
+            if accelerator.is_main_process:
+                with _averaged(ema, parameters):
+                    _save_grid(config, pipe, pair, now)
+            accelerator.wait_for_everyone()
+    bar.close()
+    if ema is not None:
+        ema.copy_to(parameters)
+
+
+def _losses(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    pair: Distillation,
+    student: torch.nn.Module,
+    scheduler: Any,
+    data: TrainingSet,
+    micro: int,
+) -> dict[str, Tensor]:
+    """The losses of micro-step number `micro`, which depend on its number and the weights alone."""
+    draws = digest(f"{config.seed}/{accelerator.process_index}/{micro}")
+    generator = torch.Generator().manual_seed(int(draws[:8], 16))
+    batch = data.batch(micro, accelerator.process_index, generator)
+    latents = batch["latents"]
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(
+        scheduler.config.num_train_timesteps, (len(latents),), generator=generator
+    )
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    target = training_target(scheduler, latents, noise, timesteps)
+    device, dtype = accelerator.device, pair.unet.conv_in.weight.dtype
+    conditioning: dict[str, Any] = {"encoder_hidden_states": batch["states"].to(device, dtype)}
+    if "pooled" in batch:
+        conditioning["added_cond_kwargs"] = {
+            "text_embeds": batch["pooled"].to(device, dtype),
+            "time_ids": batch["time_ids"].to(device),
+        }
+    with accelerator.autocast():
+        losses = pair.losses(
+            student,
+            noisy.to(device, dtype),
+            timesteps.to(device),
+            target.to(device),
+            **conditioning,
+        )
+    loss = losses["simple"] + config.kd_weight * losses["kd"]
+    return {"loss": loss + config.feature_weight * losses["feature"]} | losses
+
+
+@contextmanager
+def _averaged(ema: EMAModel | None, parameters: tuple[torch.nn.Parameter, ...]) -> Iterator[None]:
+    """Inside, the student has its averaged weights."""
+    if ema is None:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+
+
+def _save_grid(config: TrainConfig, pipe: DiffusionPipeline, pair: Distillation, step: int) -> None:
+    """One row a prompt: teacher | student, from the same noise."""
+
+    def draw() -> list[Image.Image]:
+        return [
+            pipe(
+                prompt,
+                height=config.resolution,
+                width=config.resolution,
+                num_inference_steps=config.teacher_steps,
+                guidance_scale=config.teacher_guidance_scale,
+                generator=torch.Generator().manual_seed(config.seed),
+            ).images[0]
+            for prompt in config.validation_prompts
+        ]
+
+    with pair.teacher():
+        teacher = draw()
+    folder = Path(config.output_dir) / "samples"
+    folder.mkdir(exist_ok=True)
+    side_by_side(teacher, draw()).save(folder / f"step-{step:07d}.png")
+
+
+def side_by_side(left: list[Image.Image], right: list[Image.Image]) -> Image.Image:
+    """Two columns of pictures of one size."""
+    w, h = left[0].size
+    sheet = Image.new("RGB", (2 * w, h * len(left)))
+    for row, (a, b) in enumerate(zip(left, right, strict=True)):
+        sheet.paste(a, (0, row * h))
+        sheet.paste(b, (w, row * h))
+    return sheet
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    """What a tracker can store: tuples as text."""
+    fields = dataclasses.asdict(config)
+    return {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in fields.items()}
