@@ -31,13 +31,22 @@ class Example:
 
 
 def image_folder(
-    folder: str | Path, *, image_column: str = "image", caption_column: str = "text"
+    folder: str | Path,
+    *,
+    image_column: str = "image",
+    caption_column: str = "text",
+    captions: bool = True,
 ) -> list[Example]:
     """Pictures of a folder, at any depth, in the order of their paths.
 
     Captions are looked for, as Hugging Face's imagefolder does, in metadata.jsonl or metadata.csv
     (columns `file_name`, or `image_column`, and `caption_column`; paths relative to the metadata),
     and where there is no metadata in a .txt file of the picture's name.
+
+    Args:
+        folder: where to look.
+        image_column, caption_column: columns of the metadata.
+        captions: False takes every picture, with an empty caption.
 
     Raises:
         ValueError: no such folder, no pictures, or a picture without a caption or file.
@@ -46,13 +55,13 @@ def image_folder(
     if not folder.is_dir():
         raise ValueError(f"train_data_dir: there is no folder {folder}")
     metadata = sorted(p for p in folder.rglob("metadata.*") if p.suffix in (".jsonl", ".csv"))
-    if metadata:
+    if captions and metadata:
         pairs = [
             pair for m in metadata for pair in _metadata_pairs(m, image_column, caption_column)
         ]
     else:
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        pairs = [(p, _caption_beside(p)) for p in paths]
+        pairs = [(p, _caption_beside(p) if captions else "") for p in paths]
     if not pairs:
         raise ValueError(f"train_data_dir: no pictures ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
     return [

@@ -1,11 +1,28 @@
-"""Judge a student against its teacher and both against real pictures."""
+"""Judge a student against its teacher, and both against real pictures."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
+
+import linfusion
+from linfusion.training.data import Example, fit, image_folder
+from linfusion.training.features import random_features
+from linfusion.training.grids import side_by_side
+from linfusion.training.metrics import (
+    frechet_distance,
+    kernel_distance,
+    kernel_distance_subsets,
+    psnr,
+    ssim,
+)
+from linfusion.training.trainer import load_pipeline
 
 
 def evaluate(
@@ -23,12 +40,14 @@ def evaluate(
     extractor: Callable[[Tensor], Tensor] | None = None,
     output_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Kernel distances of teacher and student to real pictures at each size, and their likeness.
+    """Distances of teacher and student to real pictures at each size, and their likeness in pairs.
+
+    The same arguments give the same numbers: picture i is drawn from noise of its own seed.
 
     Args:
         pipeline: the teacher, or its folder / hub name / "zoo:emoji"; given back as it came.
         weights: the student's weights, as `linfusion.linearize(..., weights=...)` takes them.
-        images: image folder of the real pictures.
+        images: image folder of the real pictures; all of them are used.
         prompts: prompts to draw, cycled up to n; None takes the captions of the image folder.
         sizes: heights = widths in pixels.
         n: pictures drawn of each kind at each size.
@@ -36,11 +55,153 @@ def evaluate(
         seed: picture i starts from noise of seed + i, for teacher and student alike.
         num_inference_steps, guidance_scale: of the sampler.
         extractor: images [B, 3, H, W] in [0, 1] -> features [B, F]; None is `random_features()`.
-        output_dir: if given, teacher | student grids are written there.
+        output_dir: if given, a teacher | student sheet of each size is written there.
 
     Returns:
-        {"n", "seed", "num_inference_steps", "guidance_scale", "extractor", "sizes": {size:
-        {"teacher_kernel_distance", "student_kernel_distance", "ratio", "teacher_frechet_distance",
-        "student_frechet_distance", "psnr", "ssim"}}}
+        {"n", "real", "seed", "num_inference_steps", "guidance_scale", "extractor", "sizes":
+        {size: {"teacher_kernel_distance", "student_kernel_distance", "ratio",
+        "teacher_kernel_distance_std", "student_kernel_distance_std",
+        "teacher_frechet_distance", "student_frechet_distance", "psnr", "ssim"}}}.
+        "ratio" is student / teacher kernel distance; "std" is over 100 random halves.
+
+    Raises:
+        ValueError: an argument that cannot be; nothing has been drawn then.
     """
-    raise NotImplementedError
+    for name, value, least in (("n", n, 2), ("batch_size", batch_size, 1),
+                               ("num_inference_steps", num_inference_steps, 1)):  # fmt: skip
+        if value < least:
+            raise ValueError(f"{name}: got {value}, accepted is {least} or more")
+    if not sizes:
+        raise ValueError("sizes: got none, accepted is one or more")
+    if prompts is not None and not prompts:
+        raise ValueError("prompts: got none, accepted is one or more, or None for the captions")
+    examples = image_folder(images, captions=prompts is None)
+    if len(examples) < 2:
+        raise ValueError(f"images: got {len(examples)} pictures, accepted is 2 or more")
+    pipe = load_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
+    for size in sizes:
+        if size < 11 or size % pipe.vae_scale_factor:
+            raise ValueError(
+                f"sizes: got {size}, accepted are multiples of {pipe.vae_scale_factor} from 11 on"
+            )
+    given = list(prompts) if prompts is not None else _spread([e.caption for e in examples], n)
+    drawn = [given[i % len(given)] for i in range(n)]
+    extract = random_features() if extractor is None else extractor
+
+    def pictures(size: int, label: str) -> Tensor:
+        return _draw(
+            pipe,
+            drawn,
+            size,
+            batch_size=batch_size,
+            seed=seed,
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            label=label,
+        )
+
+    linfusion.linearize(pipe, "linfusion", weights=weights)  # an unfit student is found out first
+    try:
+        student = {size: pictures(size, "student") for size in sizes}
+    finally:
+        linfusion.restore(pipe)
+
+    found = {}
+    for size in sizes:
+        teacher = pictures(size, "teacher")
+        real = _features(extract, _real(examples, size, batch_size))
+        t, s = (_features(extract, p.split(batch_size)) for p in (teacher, student[size]))
+        found[size] = _compare(real, t, s) | {
+            "psnr": psnr(teacher, student[size]).mean().item(),
+            "ssim": ssim(teacher, student[size]).mean().item(),
+        }
+        if output_dir is not None:
+            folder = Path(output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            sheet = side_by_side(*(_images(p[:8]) for p in (teacher, student[size])))
+            sheet.save(folder / f"teacher-student-{size}.png")
+    return {
+        "n": n,
+        "real": len(examples),
+        "seed": seed,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "extractor": getattr(extract, "__name__", type(extract).__name__),
+        "sizes": found,
+    }
+
+
+def _draw(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    size: int,
+    *,
+    batch_size: int,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    label: str,
+) -> Tensor:
+    """Pictures [len(prompts), 3, size, size] in [0, 1], on the CPU."""
+    parts = []
+    for start in tqdm(range(0, len(prompts), batch_size), desc=f"{label} {size} px"):
+        batch = prompts[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+        parts.append(
+            pipe(
+                batch,
+                height=size,
+                width=size,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                generator=generators,
+                output_type="pt",
+            ).images.float()
+        )
+    return torch.cat([p.cpu() for p in parts])
+
+
+def _compare(real: Tensor, teacher: Tensor, student: Tensor) -> dict[str, float]:
+    t, s = kernel_distance(teacher, real), kernel_distance(student, real)
+    half = min(len(real), len(teacher)) // 2
+    spread = {}
+    if half >= 2:
+        # Equal seeds draw equal subsets, so teacher and student are compared on the same halves.
+        spread = {
+            f"{name}_kernel_distance_std": kernel_distance_subsets(f, real, subset_size=half)[1]
+            for name, f in (("teacher", teacher), ("student", student))
+        }
+    return {
+        "teacher_kernel_distance": t,
+        "student_kernel_distance": s,
+        "ratio": s / t if t > 0 else float("nan"),
+        "teacher_frechet_distance": frechet_distance(teacher, real),
+        "student_frechet_distance": frechet_distance(student, real),
+    } | spread
+
+
+def _real(examples: Sequence[Example], size: int, batch_size: int) -> list[Tensor]:
+    batches = []
+    for start in range(0, len(examples), batch_size):
+        pixels = []
+        for example in examples[start : start + batch_size]:
+            with example.open() as image:
+                pixels.append(np.asarray(fit(image, size, size, "lanczos")))
+        batches.append(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255)
+    return batches
+
+
+def _features(extract: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) -> Tensor:
+    return torch.cat([extract(batch) for batch in batches])
+
+
+def _spread(captions: list[str], n: int) -> list[str]:
+    """n captions evenly over the folder, or all of them if there are fewer."""
+    if len(captions) <= n:
+        return captions
+    return [captions[i * len(captions) // n] for i in range(n)]
+
+
+def _images(pictures: Tensor) -> list[Image.Image]:
+    pixels = (pictures.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+    return [Image.fromarray(p) for p in pixels]

@@ -40,8 +40,11 @@ from linfusion.training.data import (
     image_folder,
     webdataset_shards,
 )
+from linfusion.training.grids import side_by_side
 from linfusion.training.objective import Distillation, noise_scheduler, training_target
-from linfusion.weights import save_weights
+from linfusion.weights import save
+
+FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -> Path:
@@ -64,7 +67,13 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
         raise ImportError('report_to needs tensorboard: pip install "linfusion[train]"')
     resume = checkpoint_to_resume(config)
     examples = load_examples(config)
-    pipe = pipeline if pipeline is not None else load_pipeline(config)
+    pipe = pipeline
+    if pipe is None:
+        pipe = load_pipeline(
+            config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant
+        )
+        # The frozen weights of our own copy need no fp32; the VAE does, SDXL's overflows in fp16.
+        pipe.unet.to(FROZEN_DTYPES[config.mixed_precision])
     scheduler = noise_scheduler(pipe.scheduler)
 
     out = Path(config.output_dir)
@@ -102,7 +111,7 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
         _train(config, accelerator, pipe, pair, scheduler, data, resume)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            save_weights(pipe.unet, out)
+            save(pair.unet, out, attention_weights=True if config.train_projections else None)
     finally:
         accelerator.end_training()
         if config.gradient_checkpointing and not checkpointing:
@@ -113,16 +122,13 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
     return out
 
 
-def load_pipeline(config: TrainConfig) -> DiffusionPipeline:
-    """The teacher of a configuration, from a folder, the hub or the zoo."""
-    name = config.pretrained_model_name_or_path
+def load_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
+    """A pipeline from a folder, the hub or the zoo ("zoo:emoji")."""
     if name.startswith("zoo:"):
         from linfusion import zoo
 
         name = str(zoo.path(name.removeprefix("zoo:")))
-    return DiffusionPipeline.from_pretrained(
-        name, revision=config.revision, variant=config.variant, safety_checker=None
-    )
+    return DiffusionPipeline.from_pretrained(name, **kwargs)
 
 
 def load_examples(config: TrainConfig) -> list[Example] | None:
@@ -302,16 +308,6 @@ def _save_grid(config: TrainConfig, pipe: DiffusionPipeline, pair: Distillation,
     folder = Path(config.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
     side_by_side(teacher, draw()).save(folder / f"step-{step:07d}.png")
-
-
-def side_by_side(left: list[Image.Image], right: list[Image.Image]) -> Image.Image:
-    """Two columns of pictures of one size."""
-    w, h = left[0].size
-    sheet = Image.new("RGB", (2 * w, h * len(left)))
-    for row, (a, b) in enumerate(zip(left, right, strict=True)):
-        sheet.paste(a, (0, row * h))
-        sheet.paste(b, (w, row * h))
-    return sheet
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
