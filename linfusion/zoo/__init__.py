@@ -1,7 +1,7 @@
 """Small trained pipelines that ship with the package, so that everything runs offline.
 
-Each is a folder as `StableDiffusionPipeline.save_pretrained` writes it (the softmax teacher), with the
-weights of its linear student in the subfolder `linfusion`.
+Each is a folder as `StableDiffusionPipeline.save_pretrained` writes it (the softmax teacher), with
+the weights of its linear student in the subfolder `linfusion`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from diffusers import StableDiffusionPipeline
 
 PREFIX = "zoo:"
@@ -40,22 +39,23 @@ def resolve(model: str) -> str:
 
 
 def load(
-    name: str = "emoji", *, linear: bool = True, dtype: torch.dtype = torch.float32
+    name: str = "emoji", *, linear: bool = True, dtype: torch.dtype | None = None
 ) -> StableDiffusionPipeline:
     """A pipeline of the zoo, ready to call.
 
     Args:
         name: one of `names()`.
         linear: True for the LinFusion student, False for its softmax teacher.
-        dtype: of the weights.
+        dtype: of the weights; None is float32.
 
     Raises:
         ValueError: no such name; the message lists those there are.
     """
     folder = path(name)
+    import torch
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=dtype or torch.float32)
     if linear:
         import linfusion
 

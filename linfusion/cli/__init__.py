@@ -1,0 +1,71 @@
+"""The `linfusion` command: one module a command, this one puts them together.
+
+A wrong call ends with exit code 2 and one line on stderr. Paths, a table or the one JSON object of
+`--json` are all that goes to stdout.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from linfusion.cli.bench import bench
+from linfusion.cli.convert import convert
+from linfusion.cli.evaluate import evaluate
+from linfusion.cli.generate import generate
+from linfusion.cli.info import info
+from linfusion.cli.summary import summary
+from linfusion.cli.train import train
+
+app = typer.Typer(
+    name="linfusion",
+    help="Diffusion models with attention that is linear in the number of pixels.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (generate, info, summary, convert, train, bench):
+    app.command()(command)
+app.command("eval")(evaluate)
+
+# What a user can put right: a value, a file or folder, an optional package. Anything else is a
+# fault of the program and keeps its traceback.
+_WRONG_CALL = (ValueError, OSError, ImportError)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from linfusion import __version__
+
+        typer.echo(f"linfusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code: 0, 2 for a wrong call, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        code = app(arguments, prog_name="linfusion", standalone_mode=False)
+    except typer.TyperException as error:
+        sys.exit(_refuse(error.format_message()))
+    except typer.Abort:
+        sys.exit(_refuse("interrupted", 130))
+    except _WRONG_CALL as error:
+        sys.exit(_refuse(str(error) or type(error).__name__))
+    sys.exit(code)
+
+
+def _refuse(message: str, code: int = 2) -> int:
+    print(f"linfusion: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,59 @@
+"""What goes where: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@contextlib.contextmanager
+def working(what: str | None = None) -> Iterator[None]:
+    """While a command works, what libraries print goes to stderr, where `what` is said first."""
+    if what:
+        say(what)
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def say(message: str) -> None:
+    """One line for the person who watches."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def emit_json(result: dict[str, Any]) -> None:
+    """The one JSON object of a command, on stdout."""
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def emit_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """A table on stdout; columns after the first are figures and flush right."""
+    table = Table(title=title or None, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Make `folder` if it is missing and prove that a file can be written there.
+
+    Raises:
+        ValueError: it cannot; `name` is the argument to blame.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{name}: cannot write to {str(folder)!r} ({error.strerror})") from error

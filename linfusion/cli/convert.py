@@ -1,0 +1,65 @@
+"""`linfusion convert`: between our weights format and that of the original authors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from linfusion.cli import load
+from linfusion.cli.console import Json, check_writable, emit_json, working
+
+_LAYOUT = {"linfusion": "paths", "authors": "numbered"}
+
+
+def convert(
+    source: Annotated[str, Argument(help="Student weights: a folder or hub name.")],
+    destination: Annotated[Path, Argument(help="Folder to write, which must not hold weights.")],
+    to: Annotated[
+        Literal["linfusion", "authors"],
+        Option("--to", help="linfusion: named by layer path. authors: what their code reads."),
+    ] = "linfusion",
+    model: Annotated[
+        str | None,
+        Option("--model", "-m", help="Base model, if the weights lack the attention itself."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Rewrite student weights from one format to the other; the numbers stay as they are."""
+    if model is not None:
+        load.check_model(model)
+    if (destination / "config.json").exists():
+        raise ValueError(f"destination: {str(destination)!r} already holds weights")
+    with working(f"reading {source}"):
+        from linfusion.weights import LinFusion, relaid, save
+
+        side = LinFusion.from_pretrained(source, dtype="auto")
+        layers, before = len(side.entries), side.config.layout
+        complete = side.config.attention_weights or _LAYOUT[to] == "paths"
+        if not complete and model is None:
+            raise ValueError(
+                f"model: {source} has no to_q, to_k, to_v, to_out, which the authors' format "
+                "needs; name the base model they come from with --model"
+            )
+        check_writable("destination", destination)
+        if complete:
+            relaid(side, _LAYOUT[to]).save_pretrained(destination)
+        else:
+            import linfusion
+
+            pipe = load.load_pipeline(model or "", device_map="cpu")
+            linfusion.linearize(pipe, side.config.method, weights=source)
+            save(pipe, destination, layout=_LAYOUT[to])
+    if as_json:
+        emit_json(
+            {
+                "source": source,
+                "destination": str(destination),
+                "from": before,
+                "to": _LAYOUT[to],
+                "layers": layers,
+            }
+        )
+    else:
+        print(destination)

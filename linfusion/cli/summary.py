@@ -1,0 +1,44 @@
+"""`linfusion summary`: the self-attention layers of a model and what linear attention saves."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from typer import Argument
+
+from linfusion.cli import load
+from linfusion.cli.console import Json, emit_json, working
+
+
+def summary(
+    model: Annotated[
+        str, Argument(help="Pipeline: a folder, a hub name, or zoo:<name>.")
+    ] = load.DEFAULT_MODEL,
+    weights: load.WeightsOption = None,
+    method: load.MethodOption = "linfusion",
+    layers: load.LayersOption = None,
+    dtype: load.DtypeOption = "auto",
+    variant: load.VariantOption = None,
+    revision: load.RevisionOption = None,
+    token: load.TokenOption = None,
+    as_json: Json = False,
+) -> None:
+    """List layers, learned parameters, bytes of state, and from how many tokens linear is cheaper.
+
+    With --weights or a student in the model's folder as it is made linear; else as it is.
+    """
+    load.check_model(model)
+    with working(f"loading {model}"):
+        import linfusion
+
+        pipe = load.load_pipeline(
+            model, dtype=dtype, variant=variant, revision=revision, token=token, device_map="cpu"
+        )
+        weights = weights or load.student_of(model)
+        if weights or layers:
+            linfusion.linearize(pipe, method, weights=weights, layers=layers)
+        found = linfusion.summary(pipe)
+    if as_json:
+        emit_json({"pipeline": model, "weights": weights, **found.to_dict()})
+    else:
+        print(found)

@@ -1,0 +1,78 @@
+"""`linfusion train`: distil a linear student from its softmax teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from linfusion.cli.console import Json, check_writable, emit_json, say, working
+from linfusion.training.config import TrainConfig
+
+
+def train(as_json: bool = False, **flags: Any) -> None:
+    """Distil a linear student; flags as in diffusers' train_text_to_image.py.
+
+    `accelerate launch -m linfusion train ...` runs it on several GPUs.
+    """
+    config = TrainConfig(**{name: _as_field(value) for name, value in flags.items()})
+    check_writable("output_dir", Path(config.output_dir))
+    with working(f"distilling {config.pretrained_model_name_or_path} into {config.output_dir}"):
+        from linfusion.training import distill
+
+        folder = distill(config)
+    if as_json:
+        emit_json({"weights": str(folder), "config": dataclasses.asdict(config)})
+    else:
+        say(f"try it: linfusion generate -m {config.pretrained_model_name_or_path} -w {folder} ...")
+        print(folder)
+
+
+def _as_field(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _helps() -> dict[str, str]:
+    """What the docstring of TrainConfig says of each field; several may share one entry."""
+    section = inspect.cleandoc(TrainConfig.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.sub(r"\n(?:    ){2,}", " ", section)  # continuation lines
+    entries = re.sub(r",\n\s*", ", ", entries)
+    helps = {}
+    for entry in entries.splitlines():
+        names, _, text = entry.strip().partition(": ")
+        helps |= dict.fromkeys(re.split(r",\s*", names), text)
+    return helps
+
+
+def _signature() -> inspect.Signature:
+    """One option for every field of TrainConfig: --learning_rate, also --learning-rate."""
+    hints = typing.get_type_hints(TrainConfig)
+    helps = _helps()
+    parameters = []
+    for field in dataclasses.fields(TrainConfig):
+        hint, default = hints[field.name], field.default
+        names = list(dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]))
+        if hint is bool:
+            names[0] += f"/--no_{field.name}"
+        text = helps[field.name]
+        if typing.get_origin(hint) is tuple:
+            hint, default, text = list[typing.get_args(hint)[0]], list(default), f"{text} Repeat."
+        option = Option(*names, help=text)
+        parameters.append(_keyword(field.name, Annotated[hint, option], default))
+    parameters.append(_keyword("as_json", Json, False))
+    return inspect.Signature(parameters)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
+    )
+
+
+train.__signature__ = _signature()  # type: ignore[attr-defined]
+train.__annotations__ = {p.name: p.annotation for p in _signature().parameters.values()}
