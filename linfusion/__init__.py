@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from linfusion.attention.linfusion import LinFusionProcessor
+    from linfusion.fuse import fuse, unfuse
     from linfusion.kernels import linear_attention
-    from linfusion.linearize import fuse, linearize, restore, summary, unfuse
+    from linfusion.linearize import linearize, restore, summary
     from linfusion.weights import LinFusion
 
 __version__ = "0.1.0"
@@ -20,12 +21,12 @@ __version__ = "0.1.0"
 _HOME = {
     "LinFusion": "linfusion.weights",
     "LinFusionProcessor": "linfusion.attention.linfusion",
-    "fuse": "linfusion.linearize",
+    "fuse": "linfusion.fuse",
     "linear_attention": "linfusion.kernels",
     "linearize": "linfusion.linearize",
     "restore": "linfusion.linearize",
     "summary": "linfusion.linearize",
-    "unfuse": "linfusion.linearize",
+    "unfuse": "linfusion.fuse",
 }
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Real diffusers classes at tiny size, with seeded random weights: what the tests run on.
 
-`tiny_*` builds one part or one whole pipeline. Every call gives fresh objects with the same weights for the same seed, so a test
-may change what it gets.
+`tiny_*` builds one part or one whole pipeline. Every call gives fresh objects with the same weights
+for the same seed, so a test may change what it gets.
 """
 
 from __future__ import annotations
@@ -77,27 +77,27 @@ def tiny_vae(seed: int = 0) -> AutoencoderKL:
     return vae.eval()
 
 
-UNET = dict(
-    block_out_channels=(32, 64),
-    layers_per_block=1,
-    sample_size=8,
-    in_channels=4,
-    out_channels=4,
-    down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    cross_attention_dim=TEXT_WIDTH,
-    attention_head_dim=4,
-    norm_num_groups=8,
-)
-XL = dict(
-    cross_attention_dim=XL_TEXT_WIDTH,
-    attention_head_dim=(2, 4),
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=8,
-    transformer_layers_per_block=(1, 2),
-    projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
-)
+UNET = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": TEXT_WIDTH,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+XL = {
+    "cross_attention_dim": XL_TEXT_WIDTH,
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "transformer_layers_per_block": (1, 2),
+    "projection_class_embeddings_input_dim": 6 * 8 + TEXT_WIDTH,
+}
 
 
 def tiny_unet(seed: int = 0, **changes: object) -> UNet2DConditionModel:
@@ -176,7 +176,10 @@ def tiny_sd_components(seed: int = 0, **unet_changes: object) -> dict[str, objec
 def tiny_sd_pipeline(
     cls: type = StableDiffusionPipeline, seed: int = 0, **more: object
 ) -> StableDiffusionPipeline:
-    """A Stable Diffusion pipeline of 64 px; `cls` may be img2img, ControlNet, ...; `more` are further or other components."""
+    """A Stable Diffusion pipeline of 64 px.
+
+    `cls` may be img2img, ControlNet, ...; `more` are further or other components.
+    """
     components = {**tiny_sd_components(seed), **more}
     pipe = cls(**components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)

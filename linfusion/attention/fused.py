@@ -1,0 +1,149 @@
+"""A LinFusion layer for inference: one GEMM over x, and W_O folded into the state."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from linfusion.kernels import LinearState, linear_read, linear_state
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+    from linfusion.attention.linfusion import FeatureMap, ResidualMLP
+
+_EPS = 1e-4
+# Tokens at a time, a picture: what is between x and the output then stays in a CPU's cache, and
+# bounded on a GPU.
+_BLOCK = {"cpu": 1024}
+_GPU_BLOCK = 1 << 16
+
+
+class FoldedOut(nn.Linear):
+    """W_O, applied to tokens or to a state.
+
+    A Linear, so that offloading and casting treat it as one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        """o [B, N, H·E] -> [B, N, C]; S [B, H, D, E] -> (G [B, H·D, C], bias), G_h = S_h W_O,h."""
+        if x.ndim == 3:
+            return super().forward(x)
+        weight = self.weight.to(x.dtype).view(-1, x.shape[1], x.shape[3])  # [C, H, E]
+        g = torch.einsum("bhde,che->bhdc", x, weight).flatten(1, 2)
+        return g.to(self.weight.dtype), self.bias
+
+
+class FusedLayer(nn.Module):
+    """What `fuse` makes of an attention layer and its learned map; equal within rounding.
+
+    With q = W_q(x + W₃a + b₃) = W_q x + (W_q W₃)a + W_q b₃, where a = lrelu(LN(W₀x + b₀)), all of
+    W_q, W_k, W_v and both W₀ read x at once, and W_q W₃ is multiplied ahead of time. The output is
+    out_i = Σ_h φ(q_ih)/z_ih · (S_h W_O,h) + b, so that o is never written.
+
+    Args:
+        attn: the layer, with plain nn.Linear projections.
+        child: its `FeatureMap`, or None.
+        dtype: what the model computes in.
+    """
+
+    def __init__(self, attn: Attention, child: FeatureMap | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads = attn.heads
+        device = attn.to_q.weight.device
+        with torch.no_grad():
+            q = _Affine(attn.to_q, None if child is None else child.map_q)
+            k = _Affine(attn.to_k, None if child is None else child.map_k)
+            v = _Affine(attn.to_v, None)
+            parts = [q.direct, k.direct, v.direct, *q.hidden, *k.hidden]
+            self.widths = [len(weight) for weight, _ in parts]
+            self.read_x = _linear(parts)
+            if child is not None and q.last and k.last:
+                self.norm_q = copy.deepcopy(child.map_q.norm)
+                self.norm_k = copy.deepcopy(child.map_k.norm)
+                self.last_q, self.last_k = _linear(q.last), _linear(k.last)
+            out: Any = attn.to_out[0]
+            self.out = FoldedOut(out.in_features, out.out_features)
+            self.out.weight.copy_(out.weight)
+            self.out.bias.copy_(torch.zeros_like(self.out.bias) if out.bias is None else out.bias)
+        self.to(device, dtype).requires_grad_(False).eval()
+
+    def forward(self, x: Tensor, key_weight: Tensor | None = None) -> Tensor:
+        """[B, N, C] -> [B, N, C], the output projection and its bias included."""
+        batch, tokens, channels = x.shape
+        block = _GPU_BLOCK if x.device.type != "cpu" else max(64, _BLOCK["cpu"] // batch)
+        if torch.compiler.is_compiling():
+            block = tokens  # a loop would be unrolled, once for every length
+        # Queries, then the output written over them, where the two have one width.
+        queries = x.new_empty(batch, tokens, self.widths[0])
+        state: LinearState | None = None
+        for start in range(0, tokens, block):
+            piece = slice(start, min(start + block, tokens))
+            weight = None if key_weight is None else key_weight[:, piece]
+            q, k, v = self._project(x[:, piece])
+            queries[:, piece] = q
+            part = linear_state(self._split(k), self._split(v), key_weight=weight)
+            state = part if state is None else state.merge(part)
+        assert state is not None
+        if tokens < channels:  # folding costs as much as `channels` tokens do
+            return self.out(linear_read(self._split(queries), state, eps=_EPS).flatten(2))
+        g, bias = self.out(state.kv)
+        same = g.shape[-1] == queries.shape[-1] and not torch.is_grad_enabled()
+        out = queries if same else x.new_empty(batch, tokens, g.shape[-1])
+        for start in range(0, tokens, block):
+            piece = slice(start, min(start + block, tokens))
+            read = _normalized(self._split(queries[:, piece]), state.k_mean)
+            out[:, piece] = torch.baddbmm(bias, read.flatten(2).to(g.dtype), g)
+        return out
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, *hidden = self.read_x(x).split(self.widths, dim=-1)
+        if hidden:
+            q = q + self.last_q(F.leaky_relu(self.norm_q(hidden[0]), 0.01))
+            k = k + self.last_k(F.leaky_relu(self.norm_k(hidden[1]), 0.01))
+        return q, k, v
+
+    def _split(self, t: Tensor) -> Tensor:
+        return t.unflatten(-1, (self.heads, -1))
+
+
+class _Affine:
+    """W(x + f(x)) as direct·x + last·lrelu(LN(hidden·x)), each a (weight, bias) in float64."""
+
+    def __init__(self, projection: nn.Linear, mlp: ResidualMLP | None) -> None:
+        weight, bias = _double(projection)
+        self.direct, self.hidden, self.last = (weight, bias), [], []
+        if mlp is not None and mlp.mid == -1:  # x + x
+            self.direct = (2 * weight, bias)
+        elif mlp is not None:
+            last, last_bias = _double(mlp.last)
+            self.hidden = [_double(mlp.first)]
+            self.last = [(weight @ last, weight @ last_bias + bias)]
+            self.direct = (weight, torch.zeros_like(bias))
+
+
+def _double(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    weight = linear.weight.double()
+    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double()
+    return weight, bias
+
+
+def _linear(parts: list[tuple[Tensor, Tensor]]) -> nn.Linear:
+    """One Linear for what reads one input."""
+    weight, bias = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    linear = nn.Linear(weight.shape[1], len(weight), device=weight.device, dtype=weight.dtype)
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias)
+    return linear
+
+
+def _normalized(q: Tensor, k_mean: Tensor) -> Tensor:
+    """φ(q)/(φ(q)·m + ε): [B, N, H, D], float32."""
+    q = q.to(k_mean.dtype)
+    phi = q.clamp(max=0).exp_() + q.clamp(min=0)
+    z = (phi * k_mean[:, None]).sum(-1, keepdim=True) + _EPS
+    return phi / z

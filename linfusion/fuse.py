@@ -1,0 +1,84 @@
+"""Fewer, larger matrix products for inference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from linfusion.attention import get_method
+from linfusion.layers import compute_dtype, model_of, projections, record_of
+from linfusion.offload import lifted
+
+
+def fuse(model_or_pipe: Any) -> Any:
+    """Make the linear layers of a model faster for inference; outputs are equal within rounding.
+
+    One GEMM computes all that reads the same input, and the output projection is folded into the
+    state. The layers keep their own weights beside the fused copies, for `unfuse`.
+
+    Args:
+        model_or_pipe: linearized before.
+
+    Returns:
+        `model_or_pipe`.
+
+    Raises:
+        ValueError: it is not linearized, or fused already, or a layer has a LoRA, quantised
+            weights or query/key norms. The model is as it was.
+    """
+    model = model_of(model_or_pipe)
+    record = record_of(model)
+    if record is None:
+        raise ValueError(
+            f"model_or_pipe: {type(model).__name__} is not linearized; call linfusion.linearize"
+            " before linfusion.fuse"
+        )
+    mechanism = get_method(record.method)
+    with lifted(model):
+        fused = {}
+        for path in record.layers:
+            attn: Any = model.get_submodule(path)
+            if hasattr(attn, mechanism.fused_name):
+                raise ValueError(f"model_or_pipe: {type(model).__name__} is fused already")
+            if attn.norm_q is not None or attn.norm_k is not None:
+                raise ValueError(f"model_or_pipe: {path} norms its queries and keys; cannot fuse")
+            for name in projections(attn):
+                module = attn.get_submodule(name)
+                if type(module) is not nn.Linear or not module.weight.is_floating_point():
+                    raise ValueError(
+                        f"model_or_pipe: {path}.{name} is a {type(module).__name__}, not a plain"
+                        " Linear (a LoRA or quantisation?); merge and unload the LoRA"
+                        " (pipe.fuse_lora(); pipe.unload_lora_weights()) before linfusion.fuse"
+                    )
+            child = getattr(attn, mechanism.name, None)
+            fused[path] = mechanism.fused(attn, child, compute_dtype(model))
+        for path, module in fused.items():
+            model.get_submodule(path).add_module(mechanism.fused_name, module)
+    return model_or_pipe
+
+
+def unfuse(model_or_pipe: Any) -> Any:
+    """Undo `fuse` exactly.
+
+    Args:
+        model_or_pipe: fused before.
+
+    Returns:
+        `model_or_pipe`.
+
+    Raises:
+        ValueError: it is not fused.
+    """
+    model = model_of(model_or_pipe)
+    record = record_of(model)
+    name = get_method(record.method).fused_name if record else ""
+    layers = [model.get_submodule(path) for path in record.layers] if record else []
+    if not any(name in layer._modules for layer in layers):
+        raise ValueError(
+            f"model_or_pipe: {type(model).__name__} is not fused, so nothing to unfuse"
+        )
+    with lifted(model):
+        for layer in layers:
+            layer._modules.pop(name, None)
+    return model_or_pipe

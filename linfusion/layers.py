@@ -1,0 +1,149 @@
+"""Which layers of which model: finding, choosing, and what is remembered about those taken over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from linfusion.attention import get_method
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+RECORD = "_linfusion_record"
+MARKER = "_linfusion"  # key of the model's config; diffusers keeps keys that begin with _ unasked
+
+
+@dataclass
+class TakenLayer:
+    """What `restore` gives back: the processor, and the base weights a checkpoint replaced."""
+
+    processor: Any
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """Hangs on a linearized model; it names layers by path, so that it survives a deepcopy."""
+
+    method: str
+    layers: dict[str, TakenLayer]
+    warned: set[str] = field(default_factory=set)
+
+
+def model_of(model_or_pipe: Any) -> nn.Module:
+    """The denoising model: a module itself, or the `unet` or `transformer` of a pipeline.
+
+    A ControlNet of a pipeline is left alone; pass `pipe.controlnet` to take it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    model = model_or_pipe
+    if not isinstance(model, nn.Module):
+        for name in ("unet", "transformer"):
+            model = getattr(model_or_pipe, name, None)
+            if isinstance(model, nn.Module):
+                break
+        else:
+            raise ValueError(
+                f"model_or_pipe: got {type(model_or_pipe).__name__}, expected a torch module or a"
+                " pipeline with a unet or a transformer"
+            )
+    # torch.compile wraps the module; what is changed is what it wraps.
+    return getattr(model, "_orig_mod", model)
+
+
+def record_of(model: nn.Module) -> Record | None:
+    return model.__dict__.get(RECORD)
+
+
+def candidates(model: nn.Module, method: str) -> dict[str, Attention]:
+    """The layers that `method` may take, by path.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    from linfusion.attention.base import self_attention
+
+    found = self_attention(model, processor=get_method(method).processor)
+    if not found:
+        raise ValueError(
+            f"model_or_pipe: {type(model).__name__} has no self-attention of diffusers' class"
+            " Attention with a plain processor, so nothing to make linear"
+        )
+    return found
+
+
+def select(paths: Sequence[str], layers: str | Iterable[str]) -> list[str]:
+    """Those of `paths` that are below a level ("down_blocks.0", "mid_block") or match a regex.
+
+    Raises:
+        ValueError: a selector is no regular expression or selects nothing.
+    """
+    chosen = set()
+    for selector in [layers] if isinstance(layers, str) else layers:
+        below = [p for p in paths if p == selector or p.startswith(f"{selector}.")]
+        try:
+            matched = below or [p for p in paths if re.search(selector, p)]
+        except re.error as error:
+            raise ValueError(
+                f"layers: {selector!r} is neither a level nor a regex: {error}"
+            ) from None
+        if not matched:
+            raise ValueError(f"layers: {selector!r} selects none of {shorten(paths)}")
+        chosen.update(matched)
+    if not chosen:
+        raise ValueError(f"layers: got no selector; expected some of {shorten(paths)}")
+    return [p for p in paths if p in chosen]
+
+
+def tokens_at(model: nn.Module, path: str, size: tuple[int, int]) -> int:
+    """Tokens that a layer sees when the model denoises a latent of `size` (height, width).
+
+    Raises:
+        ValueError: the model is not of a kind whose levels are known.
+    """
+    config: Any = getattr(model, "config", {})
+    height, width = size
+    blocks = config.get("block_out_channels")
+    patch = config.get("patch_size")
+    if blocks is not None and re.match(r"(down_blocks|up_blocks|mid_block)\b", path):
+        last = len(blocks) - 1
+        head, *rest = path.split(".")
+        level = last if head == "mid_block" else int(rest[0])
+        level = last - level if head == "up_blocks" else level
+        for _ in range(level):
+            height, width = -(-height // 2), -(-width // 2)  # a stride-2 convolution rounds up
+        return height * width
+    if isinstance(patch, int):
+        return (height // patch) * (width // patch)
+    raise ValueError(
+        f'layers: "auto" does not know how many tokens {path} of {type(model).__name__} sees'
+    )
+
+
+def projections(attn: Attention) -> dict[str, nn.Linear]:
+    """to_q, to_k, to_v and to_out.0 of a layer; what LoRA wraps, rather than its wrapper."""
+    names = ("to_q", "to_k", "to_v", "to_out.0")
+    modules: dict[str, Any] = {name: attn.get_submodule(name) for name in names}
+    return {name: getattr(module, "base_layer", module) for name, module in modules.items()}
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What the model computes in; under layerwise casting that is not what it stores."""
+    dtype = getattr(model, "dtype", None)
+    if dtype is None:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return dtype
+
+
+def shorten(names: Sequence[str], shown: int = 3) -> str:
+    """`a, b, c (+5)`."""
+    more = f" (+{len(names) - shown})" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
