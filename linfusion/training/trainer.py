@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from linfusion import zoo
 from linfusion.training.cache import TrainingSet
 from linfusion.training.checkpoints import (
     checkpoint_to_resume,
@@ -124,11 +125,7 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
 
 def load_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
     """A pipeline from a folder, the hub or the zoo ("zoo:emoji")."""
-    if name.startswith("zoo:"):
-        from linfusion import zoo
-
-        name = str(zoo.path(name.removeprefix("zoo:")))
-    return DiffusionPipeline.from_pretrained(name, **kwargs)
+    return DiffusionPipeline.from_pretrained(zoo.resolve(name), **kwargs)
 
 
 def load_examples(config: TrainConfig) -> list[Example] | None:

@@ -1,0 +1,168 @@
+"""Distances between sets and pairs of pictures."""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from linfusion.training import (
+    frechet_distance,
+    inception_features,
+    kernel_distance,
+    kernel_distance_subsets,
+    psnr,
+    random_features,
+    ssim,
+)
+
+
+def features(n, f, seed, shift=0.0):
+    return torch.randn(n, f, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def with_moments(n, mean, std):
+    """[n, F] in float64 whose sample mean and covariance are exactly `mean` and diag(std²)."""
+    x = features(n, len(mean), 0).double()
+    x = x - x.mean(0)
+    x = torch.linalg.qr(x).Q * math.sqrt(n - 1)
+    return x * torch.tensor(std, dtype=torch.float64) + torch.tensor(mean, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("n, f", [(50, 7), (7, 50)])
+def test_frechet_distance_to_itself_is_zero(n, f):
+    x = features(n, f, 0)
+    assert frechet_distance(x, x) < 1e-10
+
+
+@pytest.mark.parametrize("n, m, f", [(50, 40, 7), (7, 9, 50)])
+def test_distances_are_symmetric(n, m, f):
+    x, y = features(n, f, 0), features(m, f, 1, shift=0.3)
+    assert frechet_distance(x, y) == pytest.approx(frechet_distance(y, x), rel=1e-10)
+    assert kernel_distance(x, y) == pytest.approx(kernel_distance(y, x), rel=1e-10)
+
+
+def test_frechet_distance_of_known_gaussians():
+    x = with_moments(100, [0.0, 1.0, 2.0], [1.0, 2.0, 3.0])
+    y = with_moments(80, [1.0, 1.0, 0.0], [1.0, 5.0, 1.0])
+    # Commuting covariances: |Δμ|² + Σ (σ_x − σ_y)²
+    assert frechet_distance(x, y) == pytest.approx(1 + 4 + 9 + 4, rel=1e-9)
+
+
+def test_frechet_distance_is_that_of_the_matrix_root():
+    x, y = features(60, 5, 0).double(), (features(70, 5, 1) @ features(5, 5, 2)).double()
+    a, b = torch.cov(x.T), torch.cov(y.T)
+    cross = torch.linalg.eigvals(a @ b).sqrt().real.sum()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2 * cross
+    assert frechet_distance(x, y) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_kernel_distance_is_unbiased():
+    """Over all ways to draw x and y from one finite population its mean is exactly 0."""
+    population = features(7, 3, 0, shift=1.0)
+    distances = []
+    for chosen in itertools.combinations(range(7), 3):
+        rest = [i for i in range(7) if i not in chosen]
+        distances.append(kernel_distance(population[list(chosen)], population[rest]))
+    assert abs(sum(distances)) / len(distances) < 1e-12 < max(map(abs, distances))
+
+
+def test_kernel_distance_of_two_points_each():
+    x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [3.0]])
+    # k(a, b) = (ab + 1)³: k(1,2) = 27, k(0,3) = 1; cross: 1, 64, 1, 343
+    assert kernel_distance(x, y) == pytest.approx(27 + 1 - 2 * (1 + 64 + 1 + 343) / 4)
+
+
+def test_whole_subsets_have_no_spread():
+    x, y = features(20, 4, 0), features(20, 4, 1)
+    mean, std = kernel_distance_subsets(x, y, subsets=5, subset_size=20)
+    assert mean == pytest.approx(kernel_distance(x, y), rel=1e-9) and std < 1e-12
+
+
+def test_subsets_are_reproducible():
+    x, y = features(30, 4, 0), features(30, 4, 1)
+    first = kernel_distance_subsets(x, y, subsets=5, subset_size=10, seed=3)
+    assert first == kernel_distance_subsets(x, y, subsets=5, subset_size=10, seed=3)
+    assert first != kernel_distance_subsets(x, y, subsets=5, subset_size=10, seed=4)
+
+
+def test_psnr_of_a_known_error():
+    x = torch.full((2, 3, 16, 16), 0.5)
+    assert psnr(x, x + 0.1).tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
+    assert psnr(x, x).tolist() == [math.inf, math.inf]
+
+
+def test_ssim_of_equal_pictures_is_one():
+    x = torch.rand(2, 3, 20, 31, generator=torch.Generator().manual_seed(0))
+    assert ssim(x, x).tolist() == pytest.approx([1.0, 1.0], abs=1e-12)
+
+
+def test_ssim_of_flat_pictures_is_the_luminance_term():
+    x, y = torch.full((1, 1, 16, 16), 0.2), torch.full((1, 1, 16, 16), 0.8)
+    expected = (2 * 0.2 * 0.8 + 1e-4) / (0.2**2 + 0.8**2 + 1e-4)
+    assert ssim(x, y).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_ssim_is_the_windowed_formula():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2, 1, 1, 12, 11, generator=g, dtype=torch.float64)
+    taps = torch.exp(-((torch.arange(11).double() - 5) ** 2) / 4.5)
+    window = torch.outer(taps, taps) / taps.sum() ** 2
+    values = []
+    for top in range(2):
+        a, b = x[0, 0, top : top + 11], y[0, 0, top : top + 11]
+        ma, mb = (window * a).sum(), (window * b).sum()
+        va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
+        cov = (window * (a - ma) * (b - mb)).sum()
+        values.append(
+            (2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
+            / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+        )  # fmt: skip
+    assert ssim(x, y).item() == pytest.approx(torch.stack(values).mean().item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance])
+@pytest.mark.parametrize(
+    "x, y, said",
+    [
+        (torch.zeros(3, 4), torch.zeros(3, 5), r"x, y: got \(3, 4\) and \(3, 5\)"),
+        (torch.zeros(1, 4), torch.zeros(3, 4), "x: got 1 samples"),
+        (torch.zeros(3, 4), torch.full((3, 4), math.nan), "y: got features that are not finite"),
+    ],
+)
+def test_unfit_features_are_refused(metric, x, y, said):
+    with pytest.raises(ValueError, match=said):
+        metric(x, y)
+
+
+def test_pictures_below_the_window_are_refused():
+    with pytest.raises(ValueError, match="sides of 11 or more"):
+        ssim(torch.zeros(1, 3, 10, 20), torch.zeros(1, 3, 10, 20))
+
+
+def test_random_features_are_the_same_every_time():
+    x = torch.rand(2, 3, 50, 40, generator=torch.Generator().manual_seed(0))
+    first = random_features()(x)
+    assert first.shape == (2, 944) and torch.equal(first, random_features()(x))
+
+
+def test_random_features_tell_more_noise_from_less():
+    g = torch.Generator().manual_seed(0)
+    real, drawn = torch.nn.functional.interpolate(torch.rand(48, 3, 4, 4, generator=g), 64).split(
+        24
+    )
+    noise = torch.randn(drawn.shape, generator=g)
+    extract = random_features()
+    near, far = (
+        kernel_distance(extract((drawn + s * noise).clamp(0, 1)), extract(real))
+        for s in (0.02, 0.1)
+    )
+    assert near < far / 2
+
+
+def test_missing_torch_fidelity_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)
+    with pytest.raises(ImportError, match=r"linfusion\[metrics\]"):
+        inception_features(Path(__file__))
