@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+# Read when the kernels are imported: there is no GPU here, Triton interprets them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

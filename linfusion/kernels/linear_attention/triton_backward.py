@@ -2,7 +2,7 @@
 # The bodies are Triton's language; Python's types do not describe them.
 """Triton kernels of the backward pass. The conventions are those of `triton_forward.py`.
 
-With g_i = dO_i Sᵀ, z_i = φ(q_i)·m + ε and δ_i = −φ(q_i)·g_i / z_i²:
+With g_i = dO_i Sᵀ, z_i = φ(q_i)·m + ε (ε/c if ε is on the sums) and δ_i = −φ(q_i)·g_i / z_i²:
 
     dφ(q_i) = g_i / z_i + δ_i m        dS = Σ_i φ(q_i)ᵀ dO_i / z_i        dm = Σ_i δ_i φ(q_i)
     dφ(k_j) = w_j (v_j dSᵀ + dm) / c   dv_j = w_j φ(k_j) dS / c           c = Σ_j w_j
@@ -14,7 +14,7 @@ the mean. Never run on a GPU.
 import triton
 import triton.language as tl
 
-from linfusion.kernels.linear_attention.triton_forward import epsilon_of_mean, phi
+from linfusion.kernels.linear_attention.triton_forward import one_over, phi
 
 
 @triton.jit
@@ -90,7 +90,6 @@ def linear_bwd_q(
     Q += (b * q_sb + h * q_sh) * ALIGN
     DO += (b * g_sb + h * g_sh) * ALIGN
     DQ += (b * dq_sb + h * dq_sh) * ALIGN
-    eps_mean = epsilon_of_mean(eps, COUNT, b, NORMALIZER)
     inside_state = (d < D)[:, None] & (e < DV)[None, :]
     at = d[:, None] * DV + e[None, :]  # [BD, BE]
     s = tl.load(KV + (b * heads + h) * (D * DV) + at, mask=inside_state, other=0.0).to(DOT)
@@ -102,12 +101,12 @@ def linear_bwd_q(
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, tokens)
     for start in range(first, last, BN):
-        n = start + tl.arange(0, BN)  # [BN]
+        n = (start + tl.arange(0, BN)).to(tl.int64)  # [BN]
         inside = n < last
         q_mask = inside[:, None] & (d < D)[None, :]
-        q = tl.load(Q + n[:, None] * (q_sn * ALIGN) + d[None, :], mask=q_mask, other=0.0)
+        q = tl.load(Q + n[:, None] * q_sn * ALIGN + d[None, :], mask=q_mask, other=0.0)
         do = tl.load(
-            DO + n[:, None] * (g_sn * ALIGN) + e[None, :],
+            DO + n[:, None] * g_sn * ALIGN + e[None, :],
             mask=inside[:, None] & (e < DV)[None, :],
             other=0.0,
         ).to(tl.float32)  # [BN, BE]
@@ -118,16 +117,16 @@ def linear_bwd_q(
             dq = g * count
             q_over_z = q
         else:
-            z = tl.sum(q * m[None, :], 1) + eps_mean  # [BN]
-            inv = 1.0 / tl.where(inside, z, 1.0)
-            # (x / z) / z: a z of 1e-21 (ε/c on a row of zeros) must not square into infinity.
+            z = tl.where(inside, tl.sum(q * m[None, :], 1), 1.0)  # [BN]
+            inv = one_over(z, count, eps, NORMALIZER)
+            # (x / z) / z: on a row of zeros 1/z may be c/ε = 1e21, whose square is infinite.
             delta = -(tl.sum(q * g, 1) * inv) * inv
             dq = g * inv[:, None] + delta[:, None] * m[None, :]
             dm += tl.sum(q * delta[:, None], 0)
             q_over_z = q * inv[:, None]
         dq *= phi_slope(q, PHI)
         tl.store(
-            DQ + n[:, None] * (dq_sn * ALIGN) + d[None, :],
+            DQ + n[:, None] * dq_sn * ALIGN + d[None, :],
             dq.to(DQ.dtype.element_ty),
             mask=q_mask,
         )
@@ -220,7 +219,7 @@ def linear_bwd_q_rows(
     DQ += (b * dq_sb + h * dq_sh + n[:, None] * dq_sn) * ALIGN
     KV += (b * heads + h) * (D * DV)
     K_MEAN += (b * heads + h) * D
-    eps_mean = epsilon_of_mean(eps, COUNT, b, NORMALIZER)
+    count = tl.load(COUNT + b)
 
     inv = tl.full([BN], 1.0, tl.float32)
     delta = tl.zeros([BN], tl.float32)
@@ -235,7 +234,7 @@ def linear_bwd_q_rows(
             g = grad_of_features(DO, KV, d, inside, D, DV, BN, BD, BE, DOT, PRECISION)
             z += tl.sum(q * tl.load(K_MEAN + d, mask=d < D, other=0.0)[None, :], 1)
             dot += tl.sum(q * g, 1)
-        inv = 1.0 / (z + eps_mean)
+        inv = one_over(z, count, eps, NORMALIZER)
         delta = -(dot * inv) * inv
     for d_start in range(0, D, BD):
         d = d_start + tl.arange(0, BD)  # [BD]
@@ -243,11 +242,11 @@ def linear_bwd_q_rows(
         q = phi(tl.load(Q + d[None, :], mask=mask, other=0.0).to(tl.float32), PHI)  # [BN, BD]
         g = grad_of_features(DO, KV, d, inside, D, DV, BN, BD, BE, DOT, PRECISION)
         if NORMALIZER == "none":
-            dq = g * tl.load(COUNT + b)
+            dq = g * count
         else:
             m = tl.load(K_MEAN + d, mask=d < D, other=0.0)  # [BD]
             if D <= BD:
-                inv = 1.0 / (tl.sum(q * m[None, :], 1) + eps_mean)
+                inv = one_over(tl.sum(q * m[None, :], 1), count, eps, NORMALIZER)
                 delta = -(tl.sum(q * g, 1) * inv) * inv
             dq = g * inv[:, None] + delta[:, None] * m[None, :]
         dq *= phi_slope(q, PHI)
@@ -326,7 +325,7 @@ def linear_bwd_kv(
     DK_MEAN += (b * heads + h) * D
     count = tl.load(COUNT + b)
     # Applied to dS before it is rounded: dS grows with the number of queries, dS/c does not.
-    scale = tl.where(count == 0, 0.0, 1.0 / count)
+    scale = 1.0 / tl.where(count == 0, 1.0, count)
     w = tl.full([BN], 1.0, tl.float32)
     if WEIGHTED:
         w = tl.load(W + b * w_sb + n, mask=n < tokens, other=0.0)

@@ -97,15 +97,15 @@ def linear_state_fwd(
     first = split * tokens_per_split
     last = tl.minimum(first + tokens_per_split, tokens)
     for start in range(first, last, BN):
-        n = start + tl.arange(0, BN)  # [BN]
+        n = (start + tl.arange(0, BN)).to(tl.int64)  # [BN]
         inside = n < last
         k = tl.load(
-            K + n[:, None] * (k_sn * ALIGN) + d[None, :],
+            K + n[:, None] * k_sn * ALIGN + d[None, :],
             mask=inside[:, None] & (d < D)[None, :],
             other=0.0,
         ).to(tl.float32)  # [BN, BD]
         v = tl.load(
-            V + n[:, None] * (v_sn * ALIGN) + e[None, :],
+            V + n[:, None] * v_sn * ALIGN + e[None, :],
             mask=inside[:, None] & (e < DV)[None, :],
             other=0.0,
         ).to(tl.float32)  # [BN, BE]
@@ -152,8 +152,7 @@ def linear_state_reduce(
     if SCALE != "one":
         count = tl.load(COUNT + bh // heads)
         if SCALE == "mean":
-            # Every key masked out: the state is zero, not 0/0.
-            total = tl.where(count == 0, 0.0, total / count)
+            total /= tl.where(count == 0, 1.0, count)  # every key masked out: zeros, not 0/0
         else:
             total *= count
     tl.store(KV + bh * (D * DV) + i, total, mask=i < D * DV)
@@ -161,11 +160,9 @@ def linear_state_reduce(
 
 
 @triton.jit
-def epsilon_of_mean(eps, COUNT, b, NORMALIZER: tl.constexpr):
-    """ε on the scale of the mean: x·c / (z·c + ε) = x / (z + ε/c)."""
-    if NORMALIZER == "sum":
-        eps = eps / tl.load(COUNT + b)
-    return eps
+def one_over(z, count, eps, NORMALIZER: tl.constexpr):
+    """1/z of a normaliser, for z and S that are means: 1/(z + ε), or c/(c·z + ε) for sums."""
+    return 1.0 / (z + eps) if NORMALIZER == "mean" else count / (count * z + eps)
 
 
 @triton.jit(
@@ -208,7 +205,7 @@ def linear_out_fwd(
     OUT += (b * o_sb + h * o_sh + n[:, None] * o_sn) * ALIGN
     KV += (b * heads + h) * (D * DV)
     K_MEAN += (b * heads + h) * D
-    eps_mean = epsilon_of_mean(eps, COUNT, b, NORMALIZER)
+    count = tl.load(COUNT + b)
 
     for e_start in range(0, DV, BE):
         e = e_start + tl.arange(0, BE)  # [BE]
@@ -228,7 +225,7 @@ def linear_out_fwd(
                 z += tl.sum(q * tl.load(K_MEAN + d, mask=d < D, other=0.0)[None, :], 1)
             o = tl.dot(q.to(DOT), s.to(DOT), o, input_precision=PRECISION)
         if NORMALIZER == "none":
-            o *= tl.load(COUNT + b)
+            o *= count
         else:
-            o /= (z + eps_mean)[:, None]
+            o *= one_over(z, count, eps, NORMALIZER)[:, None]
         tl.store(OUT + e[None, :], o.to(OUT.dtype.element_ty), mask=inside & (e < DV)[None, :])
