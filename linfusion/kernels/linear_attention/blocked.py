@@ -2,35 +2,23 @@
 
 Two passes. The first adds φ(k)ᵀ v of each block to a float32 state, the second reads each block of
 queries from it. Nothing as long as the tokens is allocated but the output.
+
+Features of a block stand heads first, [b, H, n, D], so that one batched product serves all heads;
+values and outputs keep their own strides and are read and written in place.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from linfusion.kernels.linear_attention.common import accumulator
 
-BLOCK = 1024  # tokens
-
-
-def _phi(x: Tensor, feature_map: str, dtype: torch.dtype) -> Tensor:
-    x = x.to(dtype, copy=True)
-    if feature_map == "elu1":
-        return x.clamp(max=0).exp_().add_(x.relu_())
-    return x.relu_() if feature_map == "relu" else x
-
-
-def _slope(y: Tensor, feature_map: str) -> Tensor | float:
-    """φ'(x) from y = φ(x)."""
-    if feature_map == "elu1":
-        return y.clamp(max=1)
-    return (y > 0).to(y.dtype) if feature_map == "relu" else 1.0
-
-
-def _over(count: Tensor) -> Tensor:
-    """1/count, and 0 for an empty state."""
-    return torch.where(count == 0, torch.zeros_like(count), 1 / count)
+BLOCK = 1 << 17  # elements of a block, 512 kB in float32: it stays in L2 and is cheap to allocate
+LOG2_E = 1 / math.log(2)
 
 
 def state_forward(
@@ -41,13 +29,19 @@ def state_forward(
     batch, tokens, heads, dim = k.shape
     kv = torch.zeros(batch, heads, dim, v.shape[3], dtype=dtype, device=k.device)
     k_sum = torch.zeros(batch, heads, dim, dtype=dtype, device=k.device)
-    for start in range(0, tokens, BLOCK):
-        block = slice(start, start + BLOCK)
-        y = _phi(k[:, block], feature_map, dtype)  # [B, n, H, D]
-        if key_weight is not None:
-            y *= key_weight[:, block, None, None]
-        kv += torch.einsum("bnhd,bnhe->bhde", y, v[:, block].to(dtype))
-        k_sum += y.sum(1)
+    scratch = _scratch(dtype, k, v)
+    # Summed in two levels: one long chain of blocks would round worse than one large product.
+    for b, run in _blocks(k, v, run=8):
+        kv_run, k_run = torch.zeros_like(kv[b]), torch.zeros_like(k_sum[b])
+        for _, n in _blocks(k[b, run], v[b, run]):
+            y = _phi(k[b, run][:, n], feature_map, *scratch)  # [b, H, n, D]
+            if key_weight is not None:
+                y *= key_weight[b, run][:, None, n, None]
+            x = _heads_first(v[b, run][:, n], scratch[1])  # [bH, n, E]
+            kv_run.flatten(0, 1).baddbmm_(y.flatten(0, 1).transpose(1, 2), x)
+            k_run += y.sum(2)
+        kv[b] += kv_run
+        k_sum[b] += k_run
     if key_weight is None:
         count = torch.full((batch,), tokens, dtype=dtype, device=k.device)
     else:
@@ -67,25 +61,96 @@ def read_forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """What queries [B, N, H, D] read from a state: [B, N, H, E] in `out_dtype`."""
-    batch, tokens, heads, _ = q.shape
-    o = torch.empty(batch, tokens, heads, kv.shape[3], dtype=out_dtype, device=q.device)
-    for start in range(0, tokens, BLOCK):
-        block = slice(start, start + BLOCK)
-        y = _phi(q[:, block], feature_map, kv.dtype)
-        x = torch.einsum("bnhd,bhde->bnhe", y, kv)
+    o = torch.empty(*q.shape[:3], kv.shape[3], dtype=out_dtype, device=q.device)
+    scratch = _scratch(kv.dtype, q, o)
+    for b, n in _blocks(q, o):
+        y = _phi(q[b, n], feature_map, *scratch)  # [b, H, n, D]
+        # Scaling the features instead of what they read leaves the product free to write o itself.
         if normalizer == "none":
-            x *= count[:, None, None, None]
+            y *= count[b, None, None, None]
         else:
-            x *= _over_z(y, k_mean, normalizer, eps, count)[..., None]
-        o[:, block] = x
+            y /= _z(y, k_mean[b], normalizer, eps, count[b])
+        _product(y, kv[b], o[b, n], scratch[1])
     return o
 
 
-def _over_z(y: Tensor, k_mean: Tensor, normalizer: str, eps: float, count: Tensor) -> Tensor:
-    z = torch.einsum("bnhd,bhd->bnh", y, k_mean)
+def _blocks(*tensors: Tensor, run: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Slices of batch and tokens: `run` blocks of at most BLOCK elements of each [B, N, H, *]."""
+    batch, tokens = tensors[0].shape[:2]
+    size = max(1, BLOCK // max(t.shape[2] * t.shape[3] for t in tensors))
+    group = max(1, size // tokens)  # short sequences go several at a time
+    for b in range(0, batch, group):
+        for n in range(0, tokens, size * run):
+            yield slice(b, b + group), slice(n, n + size * run)
+
+
+def _scratch(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """Two flat buffers, each long enough for a block of any of the tensors."""
+    b, n = next(_blocks(*tensors))
+    size = max(t[b, n].numel() for t in tensors)
+    device = tensors[0].device
+    return torch.empty(size, dtype=dtype, device=device), torch.empty(
+        size, dtype=dtype, device=device
+    )
+
+
+def _phi(x: Tensor, feature_map: str, y: Tensor, t: Tensor) -> Tensor:
+    """φ of [b, n, H, D] as [b, H, n, D] in the buffer y; the buffer t is overwritten."""
+    b, n, h, d = x.shape
+    y = y[: x.numel()].view(b, h, n, d)
+    t = t[: x.numel()].view(b, n, h, d)
+    if x.dtype != y.dtype:
+        x = t.copy_(x)
+    if feature_map == "identity":
+        return y.copy_(x.transpose(1, 2))
+    if feature_map == "relu":
+        return torch.clamp(x.transpose(1, 2), min=0, out=y)
+    # exp as exp2, whose float32 kernel takes a third of the time; where φ is not small, x is not
+    # large and the rounding of x·log2(e) stays below that of the sum over d.
+    torch.mul(x.transpose(1, 2), LOG2_E, out=y).clamp_(max=0).exp2_()
+    torch.clamp(x, min=0, out=t)
+    return y.add_(t.transpose(1, 2))  # exp(min(x, 0)) + max(x, 0)
+
+
+def _heads_first(x: Tensor, t: Tensor) -> Tensor:
+    """[b, n, H, E] as [bH, n, E] in the accumulator's dtype: a view when it can be one."""
+    if x.dtype != t.dtype:
+        x = t[: x.numel()].view(x.shape).copy_(x)
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _product(y: Tensor, s: Tensor, out: Tensor, t: Tensor) -> None:
+    """Write [b, H, n, D] · [b, H, D, E] to out [b, n, H, E] of any dtype."""
+    direct = out.shape[0] == 1 and out.dtype == t.dtype
+    x = out if direct else t[: out.numel()].view(out.shape)
+    if out.shape[0] == 1:
+        torch.bmm(y[0], s[0], out=x[0].transpose(0, 1))
+    else:
+        x.transpose(1, 2).copy_((y.flatten(0, 1) @ s.flatten(0, 1)).view(*y.shape[:3], -1))
+    if not direct:
+        out.copy_(x)
+
+
+def _over(count: Tensor) -> Tensor:
+    """1/count, and 0 for an empty state."""
+    return torch.where(count == 0, torch.zeros_like(count), 1 / count)
+
+
+def _z(y: Tensor, k_mean: Tensor, normalizer: str, eps: float, count: Tensor) -> Tensor:
+    """φ(q)·m + eps as [b, H, n, 1], eps on the scale of the mean."""
+    # A row against a transposed row is summed as a dot product: half the error of a column's, and
+    # z scales all of o.
+    z = torch.bmm(y.flatten(0, 1), k_mean.flatten(0, 1)[:, None].mT).view(*y.shape[:3], 1)
     if normalizer == "mean":
-        return z.add_(eps).reciprocal_()
-    return z.add_((eps / count)[:, None, None]).reciprocal_()
+        return z.add_(eps)
+    return z.add_((eps / count)[:, None, None, None])
+
+
+def _slope(y: Tensor, feature_map: str) -> Tensor | float:
+    """φ'(x) from y = φ(x)."""
+    if feature_map == "elu1":
+        return y.clamp(max=1)
+    return (y > 0).to(y.dtype) if feature_map == "relu" else 1.0
 
 
 def read_backward(
@@ -101,22 +166,22 @@ def read_backward(
     """Gradients of a read: dq as q, dkv as kv, dk_mean as k_mean."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dkv, dk_mean = torch.zeros_like(kv), torch.zeros_like(k_mean)
-    for start in range(0, q.shape[1], BLOCK):
-        block = slice(start, start + BLOCK)
-        y = _phi(q[:, block], feature_map, kv.dtype)  # [B, n, H, D]
-        x = do[:, block].to(kv.dtype)  # [B, n, H, E]
+    features, spare = _scratch(kv.dtype, q, do)
+    for b, n in _blocks(q, do):
+        y = _phi(q[b, n], feature_map, features, spare)  # [b, H, n, D]
+        x = do[b, n].transpose(1, 2).to(kv.dtype)  # [b, H, n, E]
         if normalizer == "none":
-            x = x * count[:, None, None, None]
-            g = torch.einsum("bnhe,bhde->bnhd", x, kv)
+            x = x * count[b, None, None, None]
+            g = x @ kv[b].transpose(2, 3)  # [b, H, n, D]
         else:
-            over_z = _over_z(y, k_mean, normalizer, eps, count)[..., None]
+            over_z = _z(y, k_mean[b], normalizer, eps, count[b]).reciprocal_()
             x = x * over_z
-            g = torch.einsum("bnhe,bhde->bnhd", x, kv)  # g/z
-            delta = -(y * g).sum(-1, keepdim=True).mul_(over_z)  # dL/dz = -φ(q)·g/z²
-            g += delta * k_mean[:, None]
-            dk_mean += (delta * y).sum(1)
-        dkv += torch.einsum("bnhd,bnhe->bhde", y, x)
-        dq[:, block] = g.mul_(_slope(y, feature_map))
+            g = x @ kv[b].transpose(2, 3)
+            delta = (y * g).sum(-1, keepdim=True).mul_(over_z).neg_()  # dL/dz = -φ(q)·g/z²
+            g += delta * k_mean[b, :, None]
+            dk_mean[b] += (delta * y).sum(2)
+        dkv[b] += y.transpose(2, 3) @ x
+        dq[b, n] = g.mul_(_slope(y, feature_map)).transpose(1, 2)
     return dq, dkv, dk_mean
 
 
@@ -134,18 +199,19 @@ def state_backward(
     dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     scale = _over(count)
     dkv = dkv * scale[:, None, None, None]
-    dk_mean = (dk_mean * scale[:, None, None])[:, None]
-    for start in range(0, k.shape[1], BLOCK):
-        block = slice(start, start + BLOCK)
-        y = _phi(k[:, block], feature_map, dkv.dtype)
-        g = torch.einsum("bnhe,bhde->bnhd", v[:, block].to(dkv.dtype), dkv).add_(dk_mean)
-        x = torch.einsum("bnhd,bhde->bnhe", y, dkv)
+    dk_mean = dk_mean * scale[:, None, None]
+    features, spare = _scratch(dkv.dtype, k, v)
+    for b, n in _blocks(k, v):
+        y = _phi(k[b, n], feature_map, features, spare)  # [b, H, n, D]
+        x = v[b, n].transpose(1, 2).to(dkv.dtype)  # [b, H, n, E]
+        g = (x @ dkv[b].transpose(2, 3)).add_(dk_mean[b, :, None])
+        x = y @ dkv[b]
         if key_weight is not None:
-            w = key_weight[:, block, None, None]
+            w = key_weight[b, None, n, None]
             g *= w
             x *= w
-        dk[:, block] = g.mul_(_slope(y, feature_map))
-        dv[:, block] = x
+        dk[b, n] = g.mul_(_slope(y, feature_map)).transpose(1, 2)
+        dv[b, n] = x.transpose(1, 2)
     return dk, dv
 
 
