@@ -15,7 +15,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from linfusion.attention.linfusion import NAME, FeatureMap, from_numbered, numbered_layer
+from linfusion.attention.linfusion import (
+    NAME,
+    FeatureMap,
+    from_numbered,
+    numbered_layer,
+    to_numbered,
+)
 from linfusion.layers import MARKER, candidates, model_of, projections, record_of, shorten
 from linfusion.offload import lifted
 
@@ -324,7 +330,7 @@ def save(
     model = model_of(model_or_pipe)
     with lifted(model):
         if layout == "numbered":
-            side = _numbered(learned(model, attention_weights=True))
+            side = relaid(learned(model, attention_weights=True), "numbered")
         else:
             side = learned(model, attention_weights=attention_weights)
         side.save_pretrained(folder, **kwargs)
@@ -343,7 +349,7 @@ def push(model_or_pipe: Any, repo_id: str, *, layout: str = "paths", **kwargs: A
     model = model_of(model_or_pipe)
     with lifted(model):
         side = learned(model, attention_weights=True if layout == "numbered" else None)
-        return (_numbered(side) if layout == "numbered" else side).push_to_hub(repo_id, **kwargs)
+        return relaid(side, layout).push_to_hub(repo_id, **kwargs)
 
 
 def from_saved_model(model: nn.Module) -> LinFusion:
@@ -382,6 +388,36 @@ def from_saved_model(model: nn.Module) -> LinFusion:
     return side
 
 
+def relaid(side: LinFusion, layout: str) -> LinFusion:
+    """The same tensors under the names of another layout; nothing is copied.
+
+    Args:
+        side: the learned part of a model.
+        layout: "paths" (ours) or "numbered" (the original authors').
+
+    Raises:
+        ValueError: the layout is unknown, or is the authors' and `side` has no attention weights,
+            which theirs always has.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: {layout!r} is not one of {LAYOUTS}")
+    has_attention = side.config.attention_weights
+    if layout == "numbered" and not has_attention:
+        raise ValueError(
+            "layout: 'numbered' always has to_q, to_k, to_v and to_out, which these weights lack"
+        )
+    with torch.device("meta"):
+        entries = [entry.to_dict() for entry in side.entries]
+        other = LinFusion(entries, layout, has_attention, side.config.method)
+    state = {}
+    for index, (path, tensors) in enumerate(tensors_by_layer(side).items()):
+        for name, tensor in tensors.items():
+            key = f"{index}.{to_numbered(name)}" if layout == "numbered" else f"{path}.{name}"
+            state[key] = tensor
+    other.load_state_dict(state, strict=True, assign=True)
+    return other
+
+
 def tensors_by_layer(side: LinFusion) -> dict[str, dict[str, Tensor]]:
     """Tensors of every layer under the names they have on an attention layer of ours."""
     state = side.state_dict()
@@ -412,21 +448,6 @@ def _modules_list(model: nn.Module) -> list[dict[str, Any]]:
             ).to_dict()
         )
     return items
-
-
-def _numbered(side: LinFusion) -> LinFusion:
-    """The same tensors under the authors' names."""
-    from linfusion.attention.linfusion import to_numbered
-
-    with torch.device("meta"):
-        theirs = LinFusion([entry.to_dict() for entry in side.entries])
-    state = {
-        f"{index}.{to_numbered(name)}": tensor
-        for index, tensors in enumerate(tensors_by_layer(side).values())
-        for name, tensor in tensors.items()
-    }
-    theirs.load_state_dict(state, strict=True, assign=True)
-    return theirs
 
 
 def _place(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -43,7 +43,8 @@ def emit_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
         table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # Into a file or a pipe rich would fold at 80 columns.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def check_writable(name: str, folder: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, working
+
+if TYPE_CHECKING:
+    import torch
 
 _LAYOUT = {"linfusion": "paths", "authors": "numbered"}
 
@@ -34,7 +37,7 @@ def convert(
     with working(f"reading {source}"):
         from linfusion.weights import LinFusion, relaid, save
 
-        side = LinFusion.from_pretrained(source, dtype="auto")
+        side = LinFusion.from_pretrained(source, dtype=stored_dtype(source))
         layers, before = len(side.entries), side.config.layout
         complete = side.config.attention_weights or _LAYOUT[to] == "paths"
         if not complete and model is None:
@@ -56,10 +59,22 @@ def convert(
             {
                 "source": source,
                 "destination": str(destination),
-                "from": before,
-                "to": _LAYOUT[to],
+                "from": {layout: name for name, layout in _LAYOUT.items()}[before],
+                "to": to,
                 "layers": layers,
             }
         )
     else:
         print(destination)
+
+
+def stored_dtype(source: str) -> torch.dtype | None:
+    """The floating dtype of a folder's safetensors; None for a hub name, which reads as float32."""
+    from safetensors import safe_open
+
+    for file in sorted(Path(source).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
+                if (dtype := tensors.get_tensor(name).dtype).is_floating_point:
+                    return dtype
+    return None
