@@ -7,6 +7,7 @@ Importing this file needs torch alone. The kernels behind `impl` are imported at
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linfusion.kernels.linear_attention.common import accumulator
+from linfusion.kernels.linear_attention.common import accumulator, without_autocast
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -326,9 +327,17 @@ def _as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (out,) if isinstance(out, Tensor) else tuple(out)
 
 
+def _exactly(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def run(x: Tensor, *args: Any) -> Any:
+        with without_autocast(x.device):
+            return kernel(x, *args)
+
+    return run
+
+
 def _register(name: str, kernel: Any, fake: Any, grad: Any, save: Any = None) -> None:
     qualified = f"linfusion::{name}"
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _exactly(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     torch.library.register_autograd(qualified, grad, setup_context=save, lib=_LIBRARY)
     op = getattr(torch.ops.linfusion, name)

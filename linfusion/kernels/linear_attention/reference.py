@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linfusion.kernels.linear_attention.common import accumulator
+from linfusion.kernels.linear_attention.common import accumulator, without_autocast
 
 
 def phi(x: Tensor, feature_map: str) -> Tensor:
@@ -33,7 +33,8 @@ def state_forward(
         k = k * key_weight.to(dtype)[:, :, None, None]
         count = key_weight.to(dtype).sum(1)
     divisor = torch.where(count == 0, torch.ones_like(count), count)  # no key left: zeros, not 0/0
-    kv = torch.einsum("bmhd,bmhe->bhde", k, v) / divisor[:, None, None, None]
+    with without_autocast(k.device):
+        kv = torch.einsum("bmhd,bmhe->bhde", k, v) / divisor[:, None, None, None]
     return kv, k.sum(1) / divisor[:, None, None], count
 
 
@@ -49,8 +50,9 @@ def read_forward(
 ) -> Tensor:
     """What queries [B, N, H, D] read from a state: [B, N, H, E] in `out_dtype`."""
     q = phi(q.to(kv.dtype), feature_map)
-    o = torch.einsum("bnhd,bhde->bnhe", q, kv)
-    z = torch.einsum("bnhd,bhd->bnh", q, k_mean)[..., None]
+    with without_autocast(q.device):
+        o = torch.einsum("bnhd,bhde->bnhe", q, kv)
+        z = torch.einsum("bnhd,bhd->bnh", q, k_mean)[..., None]
     count = count[:, None, None, None]
     if normalizer == "mean":
         o = o / (z + eps)
