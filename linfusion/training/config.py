@@ -172,6 +172,8 @@ class TrainConfig:
             )
         if self.aspect_ratio_buckets is not None and not self.use_aspect_ratio_buckets:
             raise ValueError("aspect_ratio_buckets: given, but use_aspect_ratio_buckets is off")
+        if self.random_flip and self.train_prompts is not None:
+            raise ValueError("random_flip: on, but what the teacher draws is not mirrored")
         if self.validation_steps and not self.validation_prompts:
             raise ValueError("validation_prompts: none given, but validation_steps is on")
 

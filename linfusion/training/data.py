@@ -247,7 +247,7 @@ def _split_name(name: str) -> tuple[str, str]:
     """`dir/0001.seg.png` -> (`dir/0001`, `.seg.png`), as WebDataset splits."""
     folder, _, base = name.rpartition("/")
     stem, dot, suffix = base.partition(".")
-    return f"{folder}/{stem}", (dot + suffix).lower()
+    return f"{folder}/{stem}".lstrip("/"), (dot + suffix).lower()
 
 
 def _read(shard: Path, member: tarfile.TarInfo) -> bytes:

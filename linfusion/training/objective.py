@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import linfusion
 from linfusion.attention.base import self_attention
 from linfusion.attention.linfusion import NAME, LinFusionProcessor
+from linfusion.layers import RECORD
+from linfusion.weights import save
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 
@@ -54,7 +56,10 @@ class Distillation:
             linfusion.linearize(unet, "linfusion", weights=weights)
 
         self.unet = unet
+        # While it is laid aside nothing warns of a fresh student, or of softmax in the teacher.
+        self._record = unet.__dict__.pop(RECORD)
         self.layers = {path: attn for path, attn in candidates.items() if hasattr(attn, NAME)}
+        self._trains_projections = train_projections
         self._was_training = unet.training
         self._frozen = [p for p in unet.parameters() if p.requires_grad]
         unet.requires_grad_(False).eval()
@@ -123,8 +128,17 @@ class Distillation:
             "feature": torch.stack(list(self._feature_losses.values())).mean(),
         }
 
+    def save(self, folder: str | Path) -> None:
+        """Write the student's weights, as `linfusion.linearize(..., weights=folder)` takes them."""
+        setattr(self.unet, RECORD, self._record)
+        try:
+            save(self.unet, folder, attention_weights=True if self._trains_projections else None)
+        finally:
+            delattr(self.unet, RECORD)
+
     def close(self) -> None:
         """Take the student off: the UNet is the teacher again, with the weights it came with."""
+        setattr(self.unet, RECORD, self._record)
         for hook in self._hooks:
             hook.remove()
         self._taught.clear()

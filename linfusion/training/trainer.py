@@ -43,7 +43,6 @@ from linfusion.training.data import (
 )
 from linfusion.training.grids import side_by_side
 from linfusion.training.objective import Distillation, noise_scheduler, training_target
-from linfusion.weights import save
 
 FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -112,7 +111,7 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
         _train(config, accelerator, pipe, pair, scheduler, data, resume)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            save(pair.unet, out, attention_weights=True if config.train_projections else None)
+            pair.save(out)
     finally:
         accelerator.end_training()
         if config.gradient_checkpointing and not checkpointing:
