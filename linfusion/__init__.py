@@ -55,7 +55,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `linfusion.linearize` the function: importing the submodule of that name binds it here."""
+    """Keeps `linfusion.linearize` the function: importing the submodule of that name binds it."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

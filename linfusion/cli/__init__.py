@@ -24,11 +24,14 @@ app = typer.Typer(
     name="linfusion",
     help="Diffusion models with attention that is linear in the number of pixels.",
     add_completion=False,
+    rich_markup_mode=None,  # rich's help cuts off the names of long flags
     pretty_exceptions_enable=False,
 )
-for command in (generate, info, summary, convert, train, bench):
+for command in (generate, info, summary, convert, bench):
     app.command()(command)
 app.command("eval")(evaluate)
+# Training flags have underscores, as in diffusers; --learning-rate is taken for --learning_rate.
+app.command(context_settings={"token_normalize_func": lambda flag: flag.replace("-", "_")})(train)
 
 # What a user can put right: a value, a file or folder, an optional package. Anything else is a
 # fault of the program and keeps its traceback.
@@ -67,5 +70,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _refuse(message: str, code: int = 2) -> int:
-    print(f"linfusion: {' '.join(message.split())}", file=sys.stderr)
+    print(f"linfusion: {' '.join(message.splitlines())}", file=sys.stderr)
     return code

@@ -34,9 +34,10 @@ def bench(
     runs: Annotated[int, Option(min=1, help="Timed runs of each; the median counts.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Time one self-attention layer of the first level, softmax against linear.
+    """Time softmax against linear on this machine.
 
-    A latent is 8 pixels wide, so a picture of W×H pixels has W·H/64 tokens there. Random weights.
+    One self-attention layer with random weights, as in the first level of a UNet: a latent is 8
+    pixels wide, so a picture of W x H pixels has W·H/64 tokens there.
     """
     tokens = {}
     for size in sizes or ["512", "1024"]:

@@ -29,7 +29,10 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Rewrite student weights from one format to the other; the numbers stay as they are."""
+    """Change the format of student weights.
+
+    The numbers stay as they are, and so does their dtype.
+    """
     if model is not None:
         load.check_model(model)
     if (destination / "config.json").exists():

@@ -37,7 +37,11 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Kernel and Fréchet distances to real pictures, and PSNR / SSIM of student to teacher."""
+    """Measure a student against its teacher.
+
+    Kernel and Fréchet distances of both to real pictures; PSNR and SSIM of one to the other at equal
+    prompts and seeds.
+    """
     load.check_model(model)
     for size in sizes or []:
         parse_size(None, size, size)

@@ -78,7 +78,10 @@ def generate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw pictures: linfusion generate "a red apple" --size 512x512 --seed 0."""
+    """Draw pictures from prompts.
+
+    For example: linfusion generate "a red apple" --size 256x256 --seed 0
+    """
     check_prompts(prompts)
     height, width = parse_size(size, height, width)
     call: dict[str, Any] = {

@@ -16,7 +16,7 @@ _PACKAGES = (
 
 
 def info(as_json: Json = False) -> None:
-    """Print versions, devices and the models that ship with the package."""
+    """Print versions and devices, for a bug report."""
     import torch
 
     import linfusion

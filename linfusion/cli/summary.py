@@ -23,9 +23,10 @@ def summary(
     token: load.TokenOption = None,
     as_json: Json = False,
 ) -> None:
-    """List layers, learned parameters, bytes of state, and from how many tokens linear is cheaper.
+    """List the self-attention layers of a model.
 
-    With --weights or a student in the model's folder as it is made linear; else as it is.
+    For each: learned parameters, bytes of state, and from how many tokens on linear is cheaper. The
+    model is made linear first if there are --weights or a student in its folder.
     """
     load.check_model(model)
     with working(f"loading {model}"):

@@ -16,9 +16,10 @@ from linfusion.training.config import TrainConfig
 
 
 def train(as_json: bool = False, **flags: Any) -> None:
-    """Distil a linear student; flags as in diffusers' train_text_to_image.py.
+    """Distil a linear student from its teacher.
 
-    `accelerate launch -m linfusion train ...` runs it on several GPUs.
+    Flags are named as in diffusers' train_text_to_image.py. On several GPUs:
+    accelerate launch -m linfusion train ...
     """
     config = TrainConfig(**{name: _as_field(value) for name, value in flags.items()})
     check_writable("output_dir", Path(config.output_dir))
@@ -50,19 +51,19 @@ def _helps() -> dict[str, str]:
 
 
 def _signature() -> inspect.Signature:
-    """One option for every field of TrainConfig: --learning_rate, also --learning-rate."""
+    """One option for every field of TrainConfig, of the same name."""
     hints = typing.get_type_hints(TrainConfig)
     helps = _helps()
     parameters = []
     for field in dataclasses.fields(TrainConfig):
         hint, default = hints[field.name], field.default
-        names = list(dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"]))
+        name = f"--{field.name}"
         if hint is bool:
-            names[0] += f"/--no_{field.name}"
+            name += f"/--no_{field.name}"
         text = helps[field.name]
         if typing.get_origin(hint) is tuple:
             hint, default, text = list[typing.get_args(hint)[0]], list(default), f"{text} Repeat."
-        option = Option(*names, help=text)
+        option = Option(name, help=text)
         parameters.append(_keyword(field.name, Annotated[hint, option], default))
     parameters.append(_keyword("as_json", Json, False))
     return inspect.Signature(parameters)
