@@ -1,0 +1,191 @@
+"""Train the zoo's text encoder and UNet together on the VAE's latents: the softmax teacher.
+
+    python examples/zoo/train_unet.py --vae runs/vae/vae --output runs/unet --steps 5000
+
+A run that was stopped goes on from its last checkpoint. The folder `pipeline` of the output is a
+stock StableDiffusionPipeline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import data
+import loop
+import text
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+SIZE = 128
+PROMPTS = [
+    "a red heart",
+    "pizza",
+    "cat face",
+    "a red apple",
+    "rocket",
+    "grinning face with big eyes",
+    "a purple apple",
+    "a cat with a hat",
+]
+
+
+def build_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIZE // 8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+        up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+        block_out_channels=[64, 128, 160],
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=128,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """v-prediction with zero terminal SNR: the usual schedule cannot reach a pure white ground."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    batches = [vae.encode(p.float() / 127.5 - 1).latent_dist.mean for p in pixels.split(64)]
+    return torch.cat(batches) * vae.config.scaling_factor
+
+
+def preview(pipe: StableDiffusionPipeline, file: Path) -> None:
+    """One row of pictures for PROMPTS, always from the same noise."""
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        PROMPTS,
+        height=SIZE,
+        width=SIZE,
+        num_inference_steps=20,
+        guidance_scale=4.0,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    sheet = Image.new("RGB", (SIZE * len(images), SIZE))
+    for i, image in enumerate(images):
+        sheet.paste(image, (i * SIZE, 0))
+    sheet.save(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of the pictures; fetched when not given")
+    parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
+    parser.add_argument("--output", type=Path, default=Path("runs/unet"))
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--preview-every", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    items = data.pictures(args.data)
+    vae = AutoencoderKL.from_pretrained(args.vae)
+    latents = encode(vae, data.load_pixels(items, SIZE))
+    tokenizer = text.build_tokenizer([c for item in items for c in item.captions])
+    text_encoder = text.build_text_encoder(tokenizer)
+    unet = build_unet().to(memory_format=torch.channels_last)
+    scheduler = build_scheduler()
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+    params = [*text_encoder.parameters(), *unet.parameters()]
+    optimizer = torch.optim.AdamW(
+        params, args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
+    )
+    ema = [p.detach().clone() for p in params]
+    first = 0
+    checkpoint = args.output / "checkpoint.pt"
+    if state := loop.load(checkpoint):
+        with torch.no_grad():
+            torch._foreach_copy_(params, state["params"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, first = state["ema"], state["step"]
+        torch.set_rng_state(state["torch_rng"])
+        version, internal, gauss = state["python_rng"]
+        rng.setstate((version, tuple(internal), gauss))
+    order: list[int] = state["order"] if state else []
+
+    clock = loop.Clock(50)
+    for step in range(first + 1, args.steps + 1):
+        rate = loop.learning_rate(step, args.steps, args.learning_rate, 200)
+        optimizer.param_groups[0]["lr"] = rate
+        if len(order) < args.batch_size:
+            order += torch.randperm(len(items)).tolist()
+        index, order = order[: args.batch_size], order[args.batch_size :]
+        captions = [text.vary(items[i].captions, rng) for i in index]
+        tokens = tokenizer(
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=text.LENGTH,
+            return_tensors="pt",
+        ).input_ids
+        clean = latents[index].to(memory_format=torch.channels_last)
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(index),))
+        with torch.autocast("cpu", torch.bfloat16):
+            states = text_encoder(tokens).last_hidden_state
+            v = unet(scheduler.add_noise(clean, noise, t), t, states).sample
+        loss = F.mse_loss(v.float(), scheduler.get_velocity(clean, noise, t))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loop.ema_update(ema, params, min(0.999, (1 + step) / (10 + step)))
+        clock.log(step, loss=loss.detach(), norm=norm)
+        if step % 250 == 0 or step == args.steps:
+            loop.save(
+                checkpoint,
+                params=[p.detach() for p in params],
+                optimizer=optimizer.state_dict(),
+                ema=ema,
+                step=step,
+                torch_rng=torch.get_rng_state(),
+                python_rng=rng.getstate(),
+                order=order,
+            )
+        if step % args.preview_every == 0 or step == args.steps:
+            kept = [p.detach().clone() for p in params]
+            rng_state = torch.get_rng_state()
+            with torch.no_grad():
+                torch._foreach_copy_(params, ema)
+            preview(pipe, args.output / f"preview-{step}.png")
+            if step == args.steps:
+                pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
+            else:
+                with torch.no_grad():
+                    torch._foreach_copy_(params, kept)
+                torch.set_rng_state(rng_state)
+
+
+if __name__ == "__main__":
+    main()
