@@ -70,14 +70,19 @@ def save_checkpoint(config: TrainConfig, accelerator: Accelerator, step: int) ->
     for file in partial.iterdir():  # rename must not reach the disk before what it names
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-    if final.exists():
-        shutil.rmtree(final)
+    _discard(final)
     os.replace(partial, final)
     if config.checkpoints_total_limit is not None:
-        for old in _checkpoints(out)[: -config.checkpoints_total_limit]:
-            doomed = out / f".partial-{old.name}"
-            os.replace(old, doomed)  # so that a half-deleted checkpoint is never taken for one
-            shutil.rmtree(doomed)
+        others = [checkpoint for checkpoint in _checkpoints(out) if checkpoint != final]
+        for old in others[: max(0, len(others) + 1 - config.checkpoints_total_limit)]:
+            _discard(old)
+
+
+def _discard(checkpoint: Path) -> None:
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f".partial-{checkpoint.name}")
+        os.replace(checkpoint, doomed)  # so that a half-deleted one is never taken for whole
+        shutil.rmtree(doomed)
 
 
 def _checkpoints(out: Path) -> list[Path]:
@@ -95,12 +100,18 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     """What `resume_from_checkpoint` names; None where there is nothing to resume.
 
     Raises:
-        ValueError: it names something that is no checkpoint.
+        ValueError: it names something that is no checkpoint, or a new run would mix its
+            checkpoints with those of an earlier one.
     """
+    found = _checkpoints(Path(config.output_dir))
     if config.resume_from_checkpoint is None:
+        if found:
+            raise ValueError(
+                f"output_dir: {config.output_dir} has checkpoints of an earlier run; give "
+                'resume_from_checkpoint="latest", or another folder'
+            )
         return None
     if config.resume_from_checkpoint == "latest":
-        found = _checkpoints(Path(config.output_dir))
         return found[-1] if found else None
     path = Path(config.resume_from_checkpoint)
     if not path.is_dir() or not CHECKPOINT.fullmatch(path.name):

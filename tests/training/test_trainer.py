@@ -176,6 +176,13 @@ def test_a_resumed_run_with_other_settings_warns(tmp_path):
         distill(changed, pipeline=tiny_sd_pipeline())
 
 
+def test_a_new_run_does_not_mix_with_an_earlier_one(tmp_path):
+    out = distill(settings(tmp_path, max_train_steps=1), pipeline=tiny_sd_pipeline())
+    with pytest.raises(ValueError, match=r"output_dir: .* has checkpoints of an earlier run"):
+        distill(settings(tmp_path), pipeline=tiny_sd_pipeline())
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     config = settings(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     with pytest.raises(ValueError, match=r"resume_from_checkpoint: got .*checkpoint-7, accepted"):
