@@ -38,7 +38,7 @@ class LinearState(NamedTuple):
 
     kv: Tensor
     k_mean: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count, which no state needs
 
     def merge(self, other: LinearState) -> LinearState:
         """The state of both sets of tokens together: means weighted by their counts.

@@ -1,0 +1,1 @@
+"""Benchmarks: each prints ratios against a rival measured beside it in one process."""
