@@ -83,7 +83,7 @@ class Entry:
         return item
 
 
-class LinFusion(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class LinFusion(ModelMixin, ConfigMixin):
     """The learned part of a linearized model, as a model of its own.
 
     `from_pretrained`, `save_pretrained` and `push_to_hub` are those of diffusers; only safetensors
@@ -183,9 +183,7 @@ class LinFusion(ModelMixin, ConfigMixin):  # type: ignore[misc]
             )
         return (model, info) if want_info else model
 
-    def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | os.PathLike[str], **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write config.json and safetensors; each file appears whole or not at all.
 
         Args:
@@ -401,14 +399,14 @@ def relaid(side: LinFusion, layout: str) -> LinFusion:
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: {layout!r} is not one of {LAYOUTS}")
-    has_attention = side.config.attention_weights
+    has_attention = side.config["attention_weights"]
     if layout == "numbered" and not has_attention:
         raise ValueError(
             "layout: 'numbered' always has to_q, to_k, to_v and to_out, which these weights lack"
         )
     with torch.device("meta"):
         entries = [entry.to_dict() for entry in side.entries]
-        other = LinFusion(entries, layout, has_attention, side.config.method)
+        other = LinFusion(entries, layout, has_attention, side.config["method"])
     state = {}
     for index, (path, tensors) in enumerate(tensors_by_layer(side).items()):
         for name, tensor in tensors.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
@@ -41,7 +42,7 @@ def bench(
     """
     tokens = {}
     for size in sizes or ["512", "1024"]:
-        height, width = parse_size(size, None, None)
+        height, width = parse_size(size)
         tokens[size] = height * width // 64
     if channels % heads:
         raise ValueError(f"channels: {channels} is not a multiple of the {heads} heads")
@@ -106,7 +107,7 @@ def _race(softmax: Any, linear: Any, tokens: int, batch_size: int, runs: int) ->
     with torch.inference_mode():
         for run in range(runs + 1):  # the first warms up
             for name, layer in layers.items():
-                _, took, peak = measure(lambda layer=layer: layer(x), str(like.device))
+                _, took, peak = measure(partial(layer, x), str(like.device))
                 if run:
                     seconds[name].append(took)
                     peaks[name].append(peak)

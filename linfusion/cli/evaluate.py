@@ -9,7 +9,7 @@ from typer import Option
 
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, emit_table, working
-from linfusion.cli.size import parse_size
+from linfusion.cli.size import check_pixels
 
 
 def evaluate(
@@ -29,6 +29,10 @@ def evaluate(
     ] = 50,
     guidance_scale: Annotated[float, Option(min=0, help="Classifier-free guidance.")] = 7.5,
     seed: Annotated[int, Option(min=0, help="Of the first picture.")] = 0,
+    inception: Annotated[
+        Path | None,
+        Option(help="weights-inception-2015-12-05-6726825d.pth; random features if absent."),
+    ] = None,
     dtype: load.DtypeOption = "auto",
     variant: load.VariantOption = None,
     device_map: load.DeviceMapOption = None,
@@ -39,19 +43,20 @@ def evaluate(
 ) -> None:
     """Measure a student against its teacher.
 
-    Kernel and Fréchet distances of both to real pictures; PSNR and SSIM of one to the other at equal
-    prompts and seeds.
+    Kernel and Fréchet distances of both to real pictures; PSNR and SSIM of one to the other at
+    equal prompts and seeds.
     """
     load.check_model(model)
     for size in sizes or []:
-        parse_size(None, size, size)
+        check_pixels("size", size)
     if not images.is_dir():
         raise ValueError(f"images: {str(images)!r} is not a folder")
     lines = None if prompts is None else prompts.read_text(encoding="utf-8").splitlines()
     if output:
         check_writable("output", output)
     with working(f"evaluating {model}"):
-        from linfusion.training import evaluate as judge
+        from linfusion.training.evaluation import evaluate as judge
+        from linfusion.training.features import inception_features
 
         pipe = load.load_pipeline(model, dtype=dtype, variant=variant, device_map=device_map)
         result = judge(
@@ -65,6 +70,7 @@ def evaluate(
             seed=seed,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
+            extractor=inception_features(inception) if inception else None,
             output_dir=output,
         )
     if as_json:

@@ -14,7 +14,7 @@ from typer import Argument, Option
 
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, say, working
-from linfusion.cli.size import parse_size
+from linfusion.cli.size import choose_size
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -83,7 +83,7 @@ def generate(
     For example: linfusion generate "a red apple" --size 256x256 --seed 0
     """
     check_prompts(prompts)
-    height, width = parse_size(size, height, width)
+    height, width = choose_size(size, height, width)
     call: dict[str, Any] = {
         "height": height,
         "width": width,

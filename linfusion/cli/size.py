@@ -5,23 +5,34 @@ from __future__ import annotations
 import re
 
 
-def parse_size(
-    size: str | None, height: int | None, width: int | None
-) -> tuple[int | None, int | None]:
-    """(height, width) in pixels from "WxH" or from numbers; None leaves it to the model.
+def parse_size(size: str) -> tuple[int, int]:
+    """(height, width) in pixels from "512x768" (width x height) or "512".
 
     Raises:
-        ValueError: both forms given, not a size, or not a multiple of 8 pixels.
+        ValueError: not a size, or not a multiple of 8 pixels.
     """
-    if size is not None:
-        if height is not None or width is not None:
-            raise ValueError("size: give either --size or --height and --width")
-        match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", size.lower())
-        if not match:
-            raise ValueError(f"size: {size!r} is not a size; accepted are 512x768 and 512")
-        width = int(match[1])
-        height = int(match[2] or match[1])
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels is not None and (pixels < 8 or pixels % 8):
-            raise ValueError(f"{name}: {pixels} px; accepted are multiples of 8, from 8 up")
-    return height, width
+    match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", size.lower())
+    if not match:
+        raise ValueError(f"size: {size!r} is not a size; accepted are 512x768 and 512")
+    return check_pixels("height", int(match[2] or match[1])), check_pixels("width", int(match[1]))
+
+
+def check_pixels(name: str, pixels: int) -> int:
+    """Refuse a side that is no multiple of the 8 pixels of a latent."""
+    if pixels < 8 or pixels % 8:
+        raise ValueError(f"{name}: {pixels} px; accepted are multiples of 8, from 8 up")
+    return pixels
+
+
+def choose_size(
+    size: str | None, height: int | None, width: int | None
+) -> tuple[int | None, int | None]:
+    """(height, width) from --size or from --height and --width; None leaves it to the model."""
+    if size is None:
+        return (
+            None if height is None else check_pixels("height", height),
+            None if width is None else check_pixels("width", width),
+        )
+    if height is not None or width is not None:
+        raise ValueError("size: give either --size or --height and --width")
+    return parse_size(size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ def train(as_json: bool = False, **flags: Any) -> None:
     config = TrainConfig(**{name: _as_field(value) for name, value in flags.items()})
     check_writable("output_dir", Path(config.output_dir))
     with working(f"distilling {config.pretrained_model_name_or_path} into {config.output_dir}"):
-        from linfusion.training import distill
+        from linfusion.training.trainer import distill
 
         folder = distill(config)
     if as_json:
@@ -43,7 +44,7 @@ def _helps() -> dict[str, str]:
     section = inspect.cleandoc(TrainConfig.__doc__ or "").partition("Attributes:\n")[2]
     entries = re.sub(r"\n(?:    ){2,}", " ", section)  # continuation lines
     entries = re.sub(r",\n\s*", ", ", entries)
-    helps = {}
+    helps: dict[str, str] = {}
     for entry in entries.splitlines():
         names, _, text = entry.strip().partition(": ")
         helps |= dict.fromkeys(re.split(r",\s*", names), text)
@@ -56,13 +57,15 @@ def _signature() -> inspect.Signature:
     helps = _helps()
     parameters = []
     for field in dataclasses.fields(TrainConfig):
-        hint, default = hints[field.name], field.default
+        hint: Any = hints[field.name]
+        default: Any = field.default
         name = f"--{field.name}"
         if hint is bool:
             name += f"/--no_{field.name}"
         text = helps[field.name]
         if typing.get_origin(hint) is tuple:
-            hint, default, text = list[typing.get_args(hint)[0]], list(default), f"{text} Repeat."
+            hint = types.GenericAlias(list, typing.get_args(hint)[:1])
+            default, text = list(default), f"{text} Repeat."
         option = Option(name, help=text)
         parameters.append(_keyword(field.name, Annotated[hint, option], default))
     parameters.append(_keyword("as_json", Json, False))
