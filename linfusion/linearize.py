@@ -496,10 +496,10 @@ def _look(model: nn.Module, args: Any) -> None:
 
 
 def _latent_size(model_or_pipe: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size or (None, None)
-    if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    if len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
         raise ValueError(
             f'size: got {size!r}; layers="auto" needs height and width in pixels, or one number'
         )
     scale = getattr(model_or_pipe, "vae_scale_factor", 8)
-    return -(-height // scale), -(-width // scale)
+    return -(-sides[0] // scale), -(-sides[1] // scale)

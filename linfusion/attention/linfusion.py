@@ -273,7 +273,8 @@ def _refuse_unfusable(attn: Attention, context: Tensor | None) -> None:
         module = getattr(attn, name)
         if type(module) is not nn.Linear:
             raise ValueError(
-                f"attn: {name} became a {type(module).__name__} after linfusion.fuse (a LoRA?),"
+                f"attn: {name} became a {type(module).__module__}.{type(module).__name__} after"
+                " linfusion.fuse (a LoRA?),"
                 " which would have no effect; call linfusion.unfuse first"
             )
 
