@@ -333,11 +333,13 @@ def main(argv: list[str] | None = None) -> int:
     jobs = QUICK if options.quick else [(c, d, t) for c in CHIPS for t in DTYPES for d in HEAD_DIMS]
     by_job: dict[tuple[str, int, str], list[Report]] = {}
     context = multiprocessing.get_context("spawn")
-    with context.Pool(os.cpu_count(), initializer=os.nice, initargs=(10,)) as pool:
+    with context.Pool(os.cpu_count(), initializer=_be_nice) as pool:
         for job, reports, seconds in pool.imap_unordered(compile_all, jobs):
             by_job[job] = reports
             chip, d, dtype = job
             bad = sum(bool(r.problems()) for r in reports)
+            for text in (text for r in reports for text in r.problems()):
+                print(f"FAIL {text}", file=sys.stderr, flush=True)
             print(
                 f"{len(by_job):3}/{len(jobs)}  {chip:7} {dtype:9} D={d:<4} {len(reports)} kernels "
                 f"{seconds:5.1f} s  {f'{bad} FAIL' if bad else 'ok'}",
@@ -345,8 +347,6 @@ def main(argv: list[str] | None = None) -> int:
             )
     reports = [r for job in jobs for r in by_job[job]]
     problems = [text for r in reports for text in r.problems()]
-    for text in problems:
-        print(f"FAIL {text}", file=sys.stderr)
     if options.json:
         _write(options.json, json.dumps([asdict(r) for r in reports], indent=1) + "\n")
     if not options.quick and not problems:
@@ -354,6 +354,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"wrote {PAGE}")
     print(f"{len(reports)} kernels, {len(problems)} problems; compiled only, never run on a GPU")
     return 1 if problems else 0
+
+
+def _be_nice() -> None:
+    """Leave the machine usable: a compiler on every core for minutes."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(10, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def _write(path: Path, text: str) -> None:

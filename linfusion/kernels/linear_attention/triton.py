@@ -27,8 +27,8 @@ from linfusion.kernels.linear_attention.triton_backward import (
     linear_bwd_q_rows,
 )
 from linfusion.kernels.linear_attention.triton_configs import (
-    FUSED_BACKWARD_COLUMNS,
     Tile,
+    fuses_backward,
     num_splits,
     tile_for,
 )
@@ -202,7 +202,7 @@ def read_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `read_forward` with respect to q, kv and k_mean.
 
-    One pass over q and do for heads of up to 64 columns, two for wider ones.
+    One pass over q and do where `fuses_backward` allows it (heads of up to 64 columns), else two.
     """
     target = target or _target(q)
     do, q = _rows(do), _rows(q)
@@ -211,7 +211,7 @@ def read_backward(
     dv = do.shape[-1]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     align, (q_strides, do_strides, dq_strides) = _strides(q, do, dq)
-    fused = max(d, dv) <= FUSED_BACKWARD_COLUMNS
+    fused = fuses_backward(target.vendor, d, dv, max(q.element_size(), do.element_size()))
     tile = _tile(target, "bwd_q" if fused else "bwd_q_rows", d, dv, q, do)
     args = (
         {"Q": q, "DO": do, "KV": kv, "K_MEAN": k_mean, "COUNT": count, "DQ": dq}
@@ -353,7 +353,7 @@ def _target(tensor: Tensor) -> Target:
 
 
 def _tile(target: Target, kernel: str, d: int, dv: int, *operands: Tensor) -> Tile:
-    vendor = "cuda" if target.vendor == "interpreter" else target.vendor
+    vendor = "hip" if target.vendor == "interpreter" else target.vendor
     return tile_for(vendor, kernel, d, dv, max(t.element_size() for t in operands))
 
 

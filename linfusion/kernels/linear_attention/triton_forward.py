@@ -122,7 +122,7 @@ def linear_state_fwd(
     PARTIAL += ((b * heads + h) * splits + split) * (D * DV + D)
     at = d[:, None] * DV + e[None, :]  # [BD, BE]
     tl.store(PARTIAL + at, kv, mask=(d < D)[:, None] & (e < DV)[None, :])
-    tl.store(PARTIAL + D * DV + d, k_sum, mask=(d < D) & (tile % E_TILES == 0))
+    tl.store(PARTIAL + D * DV + d, k_sum, mask=d < tl.where(tile % E_TILES == 0, D, 0))
 
 
 @triton.jit(do_not_specialize=["heads", "splits"])
