@@ -49,7 +49,7 @@ aot: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.aot
 
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist site demo *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
