@@ -7,8 +7,9 @@ another name and then renamed, so a file that exists is whole. Rows are memory-m
 import os
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -98,7 +99,8 @@ def module_digest(*modules: nn.Module) -> str:
     """Hash of the weights and configurations of some modules."""
     parts = []
     for module in modules:
-        config = module.config if isinstance(module.config, dict) else module.config.to_dict()
+        given: Any = module.config
+        config = given if isinstance(given, dict) else given.to_dict()
         # Where the files lie and who wrote them is no part of what the module computes.
         kept = {k: v for k, v in config.items() if k[0] != "_" and k != "transformers_version"}
         parts.append(f"{type(module).__name__} {kept}")
@@ -193,7 +195,7 @@ def picture_latents(
         found[size] = cached_rows(
             config.cache_path / f"latents-{name}",
             len(items),
-            lambda rows, items=items: encode([items[r] for r in rows]),
+            partial(lambda items, rows: encode([items[r] for r in rows]), items),
             batch_size=config.vae_encode_batch_size,
             description=f"latents {size[0]}x{size[1]}",
         )
@@ -235,7 +237,7 @@ def teacher_latents(
         found[size] = cached_rows(
             config.cache_path / f"drawn-{name}",
             len(items),
-            lambda rows, items=items, size=size: draw([items[r] for r in rows], size),
+            partial(lambda items, size, rows: draw([items[r] for r in rows], size), items, size),
             batch_size=config.vae_encode_batch_size,
             description=f"teacher draws {size[0]}x{size[1]}",
         )
@@ -298,6 +300,7 @@ class TrainingSet:
         multiple = pipe.vae_scale_factor
         levels = plan_sizes(config, multiple)
         if examples is None:
+            assert config.train_prompts is not None  # the only source without examples
             prompts = read_prompts(config.train_prompts)
             count = config.num_teacher_images or len(prompts)
             captions = [prompts[i % len(prompts)] for i in range(count)][: config.max_train_samples]

@@ -179,7 +179,9 @@ def noise_scheduler(scheduler: Any) -> DDPMScheduler:
         raise ValueError(
             f"prediction_type: the scheduler has {given!r}, accepted are epsilon, v_prediction"
         )
-    return DDPMScheduler.from_config(scheduler.config)
+    # diffusers drops what a config lists there, even if it was changed since.
+    config = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
+    return DDPMScheduler.from_config(config)
 
 
 def training_target(

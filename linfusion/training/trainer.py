@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -78,6 +79,7 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
 
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
+    first = not AcceleratorState._shared_state
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
@@ -119,6 +121,8 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
         pipe.unet = accelerator.unwrap_model(pipe.unet, keep_fp32_wrapper=False)
         pair.close()
         accelerator.free_memory()
+        if first:  # the next run of this process may want another precision
+            AcceleratorState._reset_state(reset_partial_state=True)
     return out
 
 
@@ -250,7 +254,7 @@ def _losses(
     )
     noisy = scheduler.add_noise(latents, noise, timesteps)
     target = training_target(scheduler, latents, noise, timesteps)
-    device, dtype = accelerator.device, pair.unet.conv_in.weight.dtype
+    device, dtype = accelerator.device, next(pair.unet.parameters()).dtype
     conditioning: dict[str, Any] = {"encoder_hidden_states": batch["states"].to(device, dtype)}
     if "pooled" in batch:
         conditioning["added_cond_kwargs"] = {

@@ -120,15 +120,15 @@ def test_each_loss_reaches_what_is_trained_and_nothing_else(loss):
 def test_training_brings_the_student_to_its_teacher():
     unet = tiny_unet()
     pair = Distillation(unet)
-    optimizer = torch.optim.AdamW(pair.trained().values(), lr=2e-3)
+    optimizer = torch.optim.AdamW(pair.trained().values(), lr=5e-4)
     distances = []
-    for _ in range(12):
+    for _ in range(16):
         losses = pair.losses(unet, **batch(unet))
         distances.append(losses["kd"].item())
         optimizer.zero_grad()
         (losses["kd"] + losses["feature"]).backward()
         optimizer.step()
-    assert distances[-1] < 0.5 * distances[0]
+    assert distances[-1] < 0.6 * distances[0]
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -188,6 +188,12 @@ def test_a_perfect_prediction_of_the_target_gives_back_the_latents(prediction):
     else:
         found = a.sqrt() * noisy - (1 - a).sqrt() * target
     torch.testing.assert_close(found, x, rtol=0, atol=1e-4)
+
+
+def test_a_prediction_type_set_later_is_honoured():
+    scheduler = DDPMScheduler()
+    scheduler.register_to_config(prediction_type="v_prediction")
+    assert noise_scheduler(scheduler).config.prediction_type == "v_prediction"
 
 
 def test_an_unknown_prediction_type_is_refused():
