@@ -177,19 +177,25 @@ def _read_cuda(asm: dict) -> tuple[int, int, str, dict[int, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(asm["cubin"])
         cubin.flush()
-        tool = [triton.knobs.nvidia.cuobjdump.path]
-        run = {"check": True, "capture_output": True, "text": True}
-        usage = subprocess.run([*tool, "-res-usage", cubin.name], **run).stdout
-        sass = subprocess.run([*tool, "-sass", cubin.name], **run).stdout
-    if not (registers := re.search(r"\bREG:(\d+)", usage)) or "EXIT" not in sass:
-        raise RuntimeError(f"cuobjdump printed something unexpected: {usage[:500]!r}")
+
+        def cuobjdump(option: str) -> str:
+            command = [triton.knobs.nvidia.cuobjdump.path, option, cubin.name]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        usage = cuobjdump("-res-usage")
+        if not (found := re.search(r"\bREG:(\d+) STACK:(\d+) .*?\bLOCAL:(\d+)", usage)):
+            raise RuntimeError(f"cuobjdump printed something unexpected: {usage[:500]!r}")
+        registers, *memory = map(int, found.groups())
+        spills = 0
+        if any(memory):  # disassembling takes as long as compiling, and no stack means no spill
+            spills = max(1, len(re.findall(r"\b(?:LDL|STL)\b", cuobjdump("-sass"))))
     ptx = asm["ptx"]
     loads = Counter(int(width, 16) for width in re.findall(r"cp\.async\.c\S+ .*?, (0x\w+)", ptx))
     for vector, bits in re.findall(r"\bld\.global(?:\.[\w:]+?)*?(?:\.v(\d))?\.[busf](\d+)\b", ptx):
         loads[int(vector or 1) * int(bits) // 8] += 1
     kinds = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
     mma = " + ".join(kind for kind in kinds if kind in ptx)
-    return int(registers[1]), len(re.findall(r"\b(?:LDL|STL)\b", sass)), mma, dict(loads)
+    return registers, spills, mma, dict(loads)
 
 
 def _read_hip(asm: dict) -> tuple[int, int, str, dict[int, int]]:
