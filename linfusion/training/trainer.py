@@ -122,7 +122,7 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
         pair.close()
         accelerator.free_memory()
         if first:  # the next run of this process may want another precision
-            AcceleratorState._reset_state(reset_partial_state=True)
+            AcceleratorState._reset_state()
     return out
 
 
