@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WANTS  := pyproject.toml setup.py constraints.txt
 
-# One thread a test: the tensors are tiny, and two threads only wait for each other.
+# Two tests at a time, one thread each: the tensors are tiny, and two threads only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: help demo test checkstyle bench aot docs clean
@@ -40,7 +40,7 @@ checkstyle: $(VENV)/.dev
 	$(BIN)/mypy
 
 test: checkstyle
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ONLY)
