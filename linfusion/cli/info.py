@@ -11,7 +11,7 @@ from linfusion.cli.console import Json, emit_json, emit_table, working
 
 _PACKAGES = (
     *("torch", "triton", "xformers", "numpy", "pillow", "safetensors", "huggingface_hub"),
-    *("diffusers", "transformers", "accelerate", "peft", "datasets", "webdataset", "tensorboard"),
+    *("diffusers", "transformers", "accelerate", "peft", "datasets", "tensorboard"),
     "torch-fidelity",
 )
 
