@@ -57,6 +57,7 @@ def build_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
+        steps_offset=1,
         clip_sample=False,
     )
 
