@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from linfusion.attention.linfusion import LinFusionProcessor
     from linfusion.fuse import fuse, unfuse
     from linfusion.kernels import linear_attention
-    from linfusion.linearize import linearize, restore, summary
+    from linfusion.linearize import linearize, restore
+    from linfusion.summary import summary
     from linfusion.weights import LinFusion
 
 __version__ = "0.1.0"
@@ -25,7 +26,7 @@ _HOME = {
     "linear_attention": "linfusion.kernels",
     "linearize": "linfusion.linearize",
     "restore": "linfusion.linearize",
-    "summary": "linfusion.linearize",
+    "summary": "linfusion.summary",
     "unfuse": "linfusion.fuse",
 }
 

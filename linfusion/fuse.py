@@ -48,8 +48,9 @@ def fuse(model_or_pipe: Any) -> Any:
                 if type(module) is not nn.Linear or not module.weight.is_floating_point():
                     raise ValueError(
                         f"model_or_pipe: {path}.{name} is a {type(module).__module__}."
-                        f"{type(module).__name__}, not a plain Linear (a LoRA or quantisation?); merge and"
-                        " unload the LoRA (pipe.fuse_lora(); pipe.unload_lora_weights()) before linfusion.fuse"
+                        f"{type(module).__name__}, not a plain Linear (a LoRA or quantisation?);"
+                        " merge and unload a LoRA before linfusion.fuse, with pipe.fuse_lora() and"
+                        " pipe.unload_lora_weights()"
                     )
             child = getattr(attn, mechanism.name, None)
             fused[path] = mechanism.fused(attn, child, compute_dtype(model))

@@ -33,6 +33,7 @@ class Record:
 
     method: str
     layers: dict[str, TakenLayer]
+    fresh: bool = False  # nothing was loaded
     warned: set[str] = field(default_factory=set)
 
 
@@ -61,6 +62,20 @@ def model_of(model_or_pipe: Any) -> nn.Module:
 
 def record_of(model: nn.Module) -> Record | None:
     return model.__dict__.get(RECORD)
+
+
+def mark(model: nn.Module, value: dict[str, Any] | None) -> None:
+    """Write what was done into the config of a model, or take it out.
+
+    Not `register_to_config`: that forgets what an IP-Adapter has set on the config as attributes.
+    """
+    config: Any = model.__dict__.get("_internal_dict")
+    if config is None:
+        return
+    items = {k: v for k, v in config.items() if k != MARKER}
+    marked = type(config)(items if value is None else {**items, MARKER: value})
+    vars(marked).update({k: v for k, v in vars(config).items() if k != MARKER})
+    model.__dict__["_internal_dict"] = marked
 
 
 def candidates(model: nn.Module, method: str) -> dict[str, Attention]:

@@ -1,11 +1,10 @@
-"""Put a method on a model, take it off exactly, say what is there."""
+"""Put a method on a model, and take it off exactly."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from linfusion.layers import (
     TakenLayer,
     candidates,
     compute_dtype,
+    mark,
     model_of,
     projections,
     record_of,
@@ -130,7 +130,7 @@ def linearize(
             child.load_state_dict(own)
         children[path] = child.to(dtype).train(found[path].training)
 
-    record = Record(mechanism.name, {})
+    record = Record(mechanism.name, {}, fresh=side is None)
     with lifted(model):
         processor = mechanism.processor()
         for path in paths:
@@ -148,14 +148,14 @@ def linearize(
             record.layers[path] = taken
     setattr(model, RECORD, record)
     model.register_forward_pre_hook(_look)
-    register: Any = getattr(model, "register_to_config", None)
-    if register is not None:
-        mark = {
+    mark(
+        model,
+        {
             "method": mechanism.name,
             "layers": {path: mids[path] for path in paths},
             "attention_weights": any(t.base_weights for t in record.layers.values()),
-        }
-        register(**{MARKER: mark})
+        },
+    )
     _take_pag(model_or_pipe, mechanism)
     return model_or_pipe
 
@@ -198,10 +198,7 @@ def restore(model_or_pipe: Any) -> Any:
     for key, hook in list(model._forward_pre_hooks.items()):
         if hook is _look:
             del model._forward_pre_hooks[key]
-    config: Any = getattr(model, "_internal_dict", None)
-    if config is not None:
-        kept = {key: value for key, value in config.items() if key != MARKER}
-        setattr(model, "_internal_dict", type(config)(kept))  # noqa: B010
+    mark(model, None)
     if hasattr(model_or_pipe, _PAG):
         model_or_pipe._pag_attn_processors = getattr(model_or_pipe, _PAG)
         delattr(model_or_pipe, _PAG)
@@ -240,94 +237,6 @@ def as_softmax(model_or_pipe: Any) -> Iterator[Any]:
             for (attn, taken), processor in zip(layers, ours, strict=True):
                 _swap(attn, taken)
                 attn.set_processor(processor)
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """One self-attention layer. Sizes are per picture."""
-
-    path: str
-    linear: bool
-    channels: int
-    heads: int
-    parameters: int
-    state_bytes: int
-    break_even_tokens: int
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What `summary` found; print it, or take `to_dict()`."""
-
-    model: str
-    method: str | None
-    fused: bool
-    layers: list[LayerSummary]
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the learned part."""
-        return sum(layer.parameters for layer in self.layers)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of all states for one picture, of any size."""
-        return sum(layer.state_bytes for layer in self.layers if layer.linear)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for json."""
-        return asdict(self) | {"parameters": self.parameters, "state_bytes": self.state_bytes}
-
-    def __str__(self) -> str:
-        linear = sum(layer.linear for layer in self.layers)
-        width = max(len(layer.path) for layer in self.layers)
-        head = (
-            f"{self.model}: {linear} of {len(self.layers)} self-attention layers linear"
-            f" ({self.method or 'softmax'}{', fused' if self.fused else ''}),"
-            f" {self.parameters:,} learned parameters, {self.state_bytes:,} B of state a picture"
-        )
-        rows = [
-            f"{'layer':<{width}}  kind     channels  heads  parameters    state B  cheaper from"
-        ]
-        rows += [
-            f"{x.path:<{width}}  {'linear' if x.linear else 'softmax':<7}  {x.channels:>8}"
-            f"  {x.heads:>5}  {x.parameters:>10,}  {x.state_bytes:>9,}"
-            f"  {x.break_even_tokens:>5,} tokens"
-            for x in self.layers
-        ]
-        return "\n".join([head, *rows])
-
-
-def summary(model_or_pipe: Any) -> Summary:
-    """What is linear in a model, what it learned, what its state takes, and from when on it pays.
-
-    Args:
-        model_or_pipe: a pipeline or a model, linearized or not.
-
-    Raises:
-        ValueError: it has no self-attention that could be linear.
-    """
-    model = model_of(model_or_pipe)
-    record = record_of(model)
-    mechanism = get_method(record.method if record else "linfusion")
-    taken = record.layers if record else {}
-    layers, fused = [], False
-    for path, attn in candidates(model, mechanism.name).items():
-        child = getattr(attn, mechanism.name, None) if path in taken else None
-        mid = getattr(child, "projection_mid_dim", None)
-        fused = fused or hasattr(attn, mechanism.fused_name)
-        layers.append(
-            LayerSummary(
-                path=path,
-                linear=isinstance(attn.processor, mechanism.processor),
-                channels=attn.query_dim,
-                heads=attn.heads,
-                parameters=sum(p.numel() for p in child.parameters()) if child else 0,
-                state_bytes=mechanism.state_bytes(attn),
-                break_even_tokens=mechanism.break_even_tokens(attn, mid),
-            )
-        )
-    return Summary(type(model).__name__, record.method if record else None, fused, layers)
 
 
 def _student(model: nn.Module, weights: Any, marker: Any) -> LinFusion | None:
@@ -480,12 +389,11 @@ def _look(model: nn.Module, args: Any) -> None:
                 UserWarning,
                 stacklevel=2,
             )
-    if "fresh" not in record.warned and not torch.is_grad_enabled():
+    if record.fresh and "fresh" not in record.warned and not torch.is_grad_enabled():
         record.warned.add("fresh")
         mechanism = get_method(record.method)
         learned = [model.get_submodule(f"{path}.{mechanism.name}") for path in record.layers]
-        trained = any(layer.base_weights for layer in record.layers.values())
-        if not trained and all(mechanism.is_fresh(child) for child in learned):
+        if all(mechanism.is_fresh(child) for child in learned):
             warnings.warn(
                 f"{type(model).__name__} is linearized without weights: pictures will be wrong"
                 " until those of a distilled student are loaded (restore, then"

@@ -286,7 +286,12 @@ def learned(model_or_pipe: Any, *, attention_weights: bool | None = None) -> Lin
     if attention_weights is None:
         attention_weights = any(layer.base_weights for layer in record.layers.values())
     with torch.device("meta"):
-        side = LinFusion(_modules_list(model), "paths", attention_weights, record.method)
+        side = LinFusion(
+            modules_list=_modules_list(model),
+            layout="paths",
+            attention_weights=attention_weights,
+            method=record.method,
+        )
     for path in record.layers:
         attn: Any = model.get_submodule(path)
         layer = side.get_submodule(path)
@@ -374,7 +379,9 @@ def from_saved_model(model: nn.Module) -> LinFusion:
         entries.append(
             Entry(path, attn.query_dim, attn.heads, mid, attn.inner_dim, False).to_dict()
         )
-    side = LinFusion(entries, "paths", attention_weights=False, method=marker["method"])
+    side = LinFusion(
+        modules_list=entries, layout="paths", attention_weights=False, method=marker["method"]
+    )
     expected = {k: tuple(t.shape) for k, t in side.state_dict().items()}
     wrong = [k for k, shape in expected.items() if k not in state or state[k].shape != shape]
     if wrong:
@@ -406,7 +413,13 @@ def relaid(side: LinFusion, layout: str) -> LinFusion:
         )
     with torch.device("meta"):
         entries = [entry.to_dict() for entry in side.entries]
-        other = LinFusion(entries, layout, has_attention, side.config["method"])
+        # By name: diffusers takes arguments without one for defaults, and EMAModel drops those.
+        other = LinFusion(
+            modules_list=entries,
+            layout=layout,
+            attention_weights=has_attention,
+            method=side.config["method"],
+        )
     state = {}
     for index, (path, tensors) in enumerate(tensors_by_layer(side).items()):
         for name, tensor in tensors.items():

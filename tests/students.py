@@ -26,7 +26,9 @@ def student_for(
     torch.manual_seed(7)
     for tensor in state.values():
         nn.init.normal_(tensor, std=0.2)
-    fresh = LinFusion(config["modules_list"], layout="paths", attention_weights=attention_weights)
+    fresh = LinFusion(
+        modules_list=config["modules_list"], layout="paths", attention_weights=attention_weights
+    )
     fresh.load_state_dict(state)
     return fresh.eval()
 

@@ -300,7 +300,8 @@ def _mid(attn: Attention, projection_mid_dim: int | None) -> int:
 
 def _is_fresh(child: nn.Module) -> bool:
     lasts = [m.last for m in child.modules() if isinstance(m, ResidualMLP) and m.mid != -1]
-    return all(not last.weight.any() and not last.bias.any() for last in lasts)
+    # Offloaded layer by layer, it cannot be looked at, and was not trained either.
+    return all(p.is_meta or not p.any() for last in lasts for p in last.parameters())
 
 
 def break_even_tokens(attn: Attention, projection_mid_dim: int | None) -> int:

@@ -1,0 +1,97 @@
+"""What is linear in a model, and from when on it pays."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from linfusion.attention import get_method
+from linfusion.layers import candidates, model_of, record_of
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One self-attention layer. Sizes are per picture."""
+
+    path: str
+    linear: bool
+    channels: int
+    heads: int
+    parameters: int
+    state_bytes: int
+    break_even_tokens: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `summary` found; print it, or take `to_dict()`."""
+
+    model: str
+    method: str | None
+    fused: bool
+    layers: list[LayerSummary]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the learned part."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states for one picture, of any size."""
+        return sum(layer.state_bytes for layer in self.layers if layer.linear)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for json."""
+        return asdict(self) | {"parameters": self.parameters, "state_bytes": self.state_bytes}
+
+    def __str__(self) -> str:
+        linear = sum(layer.linear for layer in self.layers)
+        width = max(len(layer.path) for layer in self.layers)
+        head = (
+            f"{self.model}: {linear} of {len(self.layers)} self-attention layers linear"
+            f" ({self.method or 'softmax'}{', fused' if self.fused else ''}),"
+            f" {self.parameters:,} learned parameters, {self.state_bytes:,} B of state a picture"
+        )
+        rows = [
+            f"{'layer':<{width}}  kind     channels  heads  parameters    state B  cheaper from"
+        ]
+        rows += [
+            f"{x.path:<{width}}  {'linear' if x.linear else 'softmax':<7}  {x.channels:>8}"
+            f"  {x.heads:>5}  {x.parameters:>10,}  {x.state_bytes:>9,}"
+            f"  {x.break_even_tokens:>5,} tokens"
+            for x in self.layers
+        ]
+        return "\n".join([head, *rows])
+
+
+def summary(model_or_pipe: Any) -> Summary:
+    """What is linear in a model, what it learned, what its state takes, and from when on it pays.
+
+    Args:
+        model_or_pipe: a pipeline or a model, linearized or not.
+
+    Raises:
+        ValueError: it has no self-attention that could be linear.
+    """
+    model = model_of(model_or_pipe)
+    record = record_of(model)
+    mechanism = get_method(record.method if record else "linfusion")
+    taken = record.layers if record else {}
+    layers, fused = [], False
+    for path, attn in candidates(model, mechanism.name).items():
+        child = getattr(attn, mechanism.name, None) if path in taken else None
+        mid = getattr(child, "projection_mid_dim", None)
+        fused = fused or hasattr(attn, mechanism.fused_name)
+        layers.append(
+            LayerSummary(
+                path=path,
+                linear=isinstance(attn.processor, mechanism.processor),
+                channels=attn.query_dim,
+                heads=attn.heads,
+                parameters=sum(p.numel() for p in child.parameters()) if child else 0,
+                state_bytes=mechanism.state_bytes(attn),
+                break_even_tokens=mechanism.break_even_tokens(attn, mid),
+            )
+        )
+    return Summary(type(model).__name__, record.method if record else None, fused, layers)
