@@ -14,6 +14,7 @@ RANK = {
     "layers": 2,
     "offload": 2,
     "fuse": 2,
+    "summary": 2,
     "weights": 2,
     "linearize": 2,
     "models": 3,
