@@ -153,6 +153,14 @@ WRONG = {
         "--pipeline-kwargs: expected a JSON object, got '[1]'",
     ),
     "lora": ([PROMPT, "--lora", "{}"], "--lora: expected lora_id and perhaps lora_scale"),
+    "offload": (
+        [PROMPT, "--cpu-offload", "model", "--device-map", "cpu"],
+        "cpu_offload: 'model' needs a GPU, and the device is the CPU",
+    ),
+    "backend": (
+        [PROMPT, "--attention-backend", "native"],
+        "attention_backend: 'native' would be without effect",
+    ),
     "method": ([PROMPT, "--method", "magic"], "method: 'magic' is not one of ['linfusion']"),
     "weights": ([PROMPT, "-w", "/nowhere"], "weights: cannot read /nowhere"),
     "softmax": ([PROMPT, "--softmax", "-w", "x"], "--softmax: takes no --weights and no --layers"),
@@ -274,6 +282,13 @@ def test_bench_refuses_heads_that_do_not_divide(run):
     code, _, err = run("bench", "--channels", 10, "--heads", 3)
     assert code == 2
     assert "channels: 10 is not a multiple of the 3 heads" in err
+
+
+def test_a_device_that_is_not_here_is_refused(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = run("bench", "--device", "cuda:1")
+    assert code == 2
+    assert "device: 'cuda:1' is not here; this machine has" in err
 
 
 def test_every_training_argument_is_a_flag(run):

@@ -47,6 +47,7 @@ def bench(
     if channels % heads:
         raise ValueError(f"channels: {channels} is not a multiple of the {heads} heads")
     device = device or load.default_device()
+    load.check_device("device", device)
     rows = []
     with working():
         softmax, linear = _layers(channels, heads, method, load.parse_dtype(dtype, device), device)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Option
 
 from linfusion import zoo
-from linfusion.cli.console import say
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +75,17 @@ def parse_lora(texts: list[str] | None) -> list[dict[str, Any]]:
     return specs
 
 
+def check_device(name: str, device: str) -> None:
+    """Refuse a device that this machine lacks; "balanced" and JSON are left to diffusers."""
+    import torch
+
+    kind = device.partition(":")[0]
+    if (kind == "cuda" and not torch.cuda.is_available()) or (
+        kind == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise ValueError(f"{name}: {device!r} is not here; this machine has {default_device()}")
+
+
 def default_device() -> str:
     """The fastest device of this machine."""
     import torch
@@ -138,6 +148,9 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
 
     device = device_map or default_device()
+    check_device("device_map", device)
+    if cpu_offload and device == "cpu":
+        raise ValueError(f"cpu_offload: {cpu_offload!r} needs a GPU, and the device is the CPU")
     kwargs: dict[str, Any] = {"dtype": parse_dtype(dtype, device)}
     given = {"variant": variant, "revision": revision, "token": token}
     kwargs |= {name: value for name, value in given.items() if value is not None}
@@ -218,10 +231,15 @@ def optimize(
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     if attention_backend:
         denoiser.set_attention_backend(attention_backend)
-        if all(
-            getattr(p, "_attention_backend", None) is None
-            for p in denoiser.attn_processors.values()
-        ):
-            say(f"--attention-backend: no layer of {type(denoiser).__name__} reads it")
+        softmax = [
+            processor
+            for processor in denoiser.attn_processors.values()
+            if not type(processor).__module__.startswith("linfusion.")
+        ]
+        if all(getattr(processor, "_attention_backend", None) is None for processor in softmax):
+            raise ValueError(
+                f"attention_backend: {attention_backend!r} would be without effect, as no softmax "
+                f"layer of {type(denoiser).__name__} reads it"
+            )
     if compile_blocks:
         denoiser.compile_repeated_blocks(fullgraph=True)
