@@ -38,6 +38,16 @@ class FoldedOut(nn.Linear):
         return g.to(self.weight.dtype), self.bias
 
 
+class AddedLinear(nn.Linear):
+    """onto + W x, over `onto` where no gradient is wanted; a Linear so as to be offloaded."""
+
+    def forward(self, x: Tensor, onto: Tensor) -> Tensor:  # type: ignore[override]
+        """[T, m], [T, C] -> [T, C]."""
+        if torch.is_grad_enabled():
+            return torch.addmm(onto, x, self.weight.t())
+        return onto.addmm_(x, self.weight.t())
+
+
 class FusedLayer(nn.Module):
     """What `fuse` makes of an attention layer and its learned map; equal within rounding.
 
@@ -62,10 +72,10 @@ class FusedLayer(nn.Module):
             parts = [q.direct, k.direct, v.direct, *q.hidden, *k.hidden]
             self.widths = [len(weight) for weight, _ in parts]
             self.read_x = _linear(parts)
-            if child is not None and q.last and k.last:
+            if child is not None and q.last is not None and k.last is not None:
                 self.norm_q = copy.deepcopy(child.map_q.norm)
                 self.norm_k = copy.deepcopy(child.map_k.norm)
-                self.last_q, self.last_k = _linear(q.last), _linear(k.last)
+                self.last_q, self.last_k = _added(q.last), _added(k.last)
             out: Any = attn.to_out[0]
             self.out = FoldedOut(out.in_features, out.out_features)
             self.out.weight.copy_(out.weight)
@@ -101,29 +111,34 @@ class FusedLayer(nn.Module):
         return out
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, *hidden = self.read_x(x).split(self.widths, dim=-1)
+        # All parts are views of one product.
+        q, k, v, *hidden = self.read_x(x.flatten(0, 1)).split(self.widths, dim=-1)
         if hidden:
-            q = q + self.last_q(F.leaky_relu(self.norm_q(hidden[0]), 0.01))
-            k = k + self.last_k(F.leaky_relu(self.norm_k(hidden[1]), 0.01))
-        return q, k, v
+            q = self.last_q(self._hidden(self.norm_q, hidden[0]), q)
+            k = self.last_k(self._hidden(self.norm_k, hidden[1]), k)
+        return q.unflatten(0, x.shape[:2]), k.unflatten(0, x.shape[:2]), v.unflatten(0, x.shape[:2])
+
+    def _hidden(self, norm: nn.Module, t: Tensor) -> Tensor:
+        return F.leaky_relu(norm(t), 0.01, inplace=not torch.is_grad_enabled())
 
     def _split(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (self.heads, -1))
 
 
 class _Affine:
-    """W(x + f(x)) as direct·x + last·lrelu(LN(hidden·x)), each a (weight, bias) in float64."""
+    """W(x + f(x)) as direct(x) + last·lrelu(LN(hidden(x))): (weight, bias), in float64."""
 
     def __init__(self, projection: nn.Linear, mlp: ResidualMLP | None) -> None:
         weight, bias = _double(projection)
-        self.direct, self.hidden, self.last = (weight, bias), [], []
+        self.direct, self.hidden = (weight, bias), []
+        self.last: Tensor | None = None
         if mlp is not None and mlp.mid == -1:  # x + x
             self.direct = (2 * weight, bias)
         elif mlp is not None:
             last, last_bias = _double(mlp.last)
             self.hidden = [_double(mlp.first)]
-            self.last = [(weight @ last, weight @ last_bias + bias)]
-            self.direct = (weight, torch.zeros_like(bias))
+            self.last = weight @ last
+            self.direct = (weight, bias + weight @ last_bias)
 
 
 def _double(linear: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -141,9 +156,17 @@ def _linear(parts: list[tuple[Tensor, Tensor]]) -> nn.Linear:
     return linear
 
 
+def _added(weight: Tensor) -> AddedLinear:
+    linear = AddedLinear(
+        weight.shape[1], len(weight), bias=False, device=weight.device, dtype=weight.dtype
+    )
+    linear.weight.copy_(weight)
+    return linear
+
+
 def _normalized(q: Tensor, k_mean: Tensor) -> Tensor:
     """φ(q)/(φ(q)·m + ε): [B, N, H, D], float32."""
     q = q.to(k_mean.dtype)
     phi = q.clamp(max=0).exp_() + q.clamp(min=0)
-    z = (phi * k_mean[:, None]).sum(-1, keepdim=True) + _EPS
+    z = torch.einsum("bnhd,bhd->bnh", phi, k_mean)[..., None] + _EPS
     return phi / z
