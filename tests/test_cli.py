@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import linfusion
 from linfusion import weights, zoo
 from linfusion.cli import main
-from tests.tiny import tiny_sd_pipeline
+from tests.tiny import tiny_image, tiny_sd_pipeline
 
 PROMPT = "a red apple"
 
@@ -324,6 +324,20 @@ def test_training_without_pictures_is_a_wrong_call(run):
     code, _, err = run("train")
     assert code == 2
     assert "exactly one is needed, got none" in err
+
+
+def test_eval_compares_student_and_teacher(run, model, tmp_path):
+    for i in range(2):
+        tiny_image(i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(PROMPT)
+    code, out, _ = run(
+        *("eval", "-m", model, "--images", tmp_path, "--size", 64, "--num-images", 2),
+        *("--batch-size", 2, "--steps", 1, "--json"),
+    )
+    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert code == 0
+    assert found["n"] == 2
+    assert found["sizes"]["64"]["psnr"] > 0
 
 
 def test_eval_refuses_what_is_no_folder(run, model, tmp_path):

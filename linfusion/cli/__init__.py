@@ -6,6 +6,7 @@ A wrong call ends with exit code 2 and one line on stderr. Paths, a table or the
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -57,6 +58,8 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code: 0, 2 for a wrong call, 130 when interrupted."""
+    # It would say at every start that torchvision is missing, which no pipeline here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = app(arguments, prog_name="linfusion", standalone_mode=False)

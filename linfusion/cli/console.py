@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,8 +33,16 @@ def say(message: str) -> None:
 
 
 def emit_json(result: dict[str, Any]) -> None:
-    """The one JSON object of a command, on stdout."""
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+    """The one JSON object of a command, on stdout; what JSON lacks (nan, infinity) is null."""
+    print(json.dumps(_finite(result), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def emit_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:

@@ -59,6 +59,7 @@ def evaluate(
         from linfusion.training.features import inception_features
 
         pipe = load.load_pipeline(model, dtype=dtype, variant=variant, device_map=device_map)
+        pipe.set_progress_bar_config(disable=True)  # `judge` shows one of its own
         result = judge(
             pipe,
             load.find_weights(pipe, model, weights),

@@ -142,9 +142,7 @@ def load_pipeline(
     """Load `model` and put it where it runs; with `cpu_offload` it stays on the CPU."""
     from transformers.utils import logging
 
-    # It would say at every start that torchvision is missing, which no pipeline here needs.
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # of the text encoder's tensors; that of the parts is enough
     from diffusers import DiffusionPipeline
 
     device = device_map or default_device()
