@@ -23,7 +23,7 @@ class Tile(NamedTuple):
 
 # (vendor, kernel, bytes of an element) -> a `Tile` for max(D, Dv) up to 64, up to 128, and above.
 _TILES: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
-    ("cuda", "state", 2): [(64, 64, 64, 8, 3), (64, 64, 128, 8, 3), (64, 64, 128, 8, 3)],
+    ("cuda", "state", 2): [(64, 64, 64, 8, 3), (64, 64, 128, 8, 3), (32, 64, 128, 8, 3)],
     ("cuda", "state", 4): [(32, 64, 64, 8, 3), (32, 64, 128, 8, 2), (32, 64, 128, 8, 2)],
     ("cuda", "out", 2): [(128, 64, 64, 8, 1), (128, 32, 128, 8, 2), (128, 32, 256, 8, 2)],
     ("cuda", "out", 4): [(64, 32, 64, 8, 2), (64, 32, 128, 8, 2), (64, 32, 128, 8, 2)],
