@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--preview-every", type=int, default=1000)
+    parser.add_argument("--checkpoint-every", type=int, default=250, help="steps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -163,7 +164,7 @@ def main() -> None:
         optimizer.zero_grad()
         loop.ema_update(ema, params, min(0.999, (1 + step) / (10 + step)))
         clock.log(step, loss=loss.detach(), norm=norm)
-        if step % 250 == 0 or step == args.steps:
+        if step % args.checkpoint_every == 0 or step == args.steps:
             loop.save(
                 checkpoint,
                 params=[p.detach() for p in params],

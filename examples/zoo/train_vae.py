@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1600, help="in all; the rest on 128 px")
     parser.add_argument("--batch-size", type=int, default=8, help="at 128 px; 4 times it on crops")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -125,7 +126,7 @@ def main() -> None:
             edge=edge.detach(),
             psnr=-10 * (F.mse_loss(y, x).detach() / 4).log10(),
         )
-        if step % 100 == 0 or step == args.steps:
+        if step % args.checkpoint_every == 0 or step == args.steps:
             loop.save(
                 checkpoint,
                 model=vae.state_dict(),

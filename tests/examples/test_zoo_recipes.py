@@ -1,0 +1,104 @@
+"""The scripts in examples/zoo/, on two dozen pictures."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+PICTURES = Path(__file__).parents[1] / "data" / "emoji"
+SCRIPTS = Path(__file__).parents[2] / "examples" / "zoo"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports one of the scripts, which import each other by their bare names."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield importlib.import_module
+    for name in ("data", "text", "loop", "train_vae", "train_unet", "export"):
+        sys.modules.pop(name, None)
+
+
+def run(module, monkeypatch, *argv) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
+    module.main()
+
+
+class StoppedError(Exception):
+    pass
+
+
+def stop_after_first_checkpoint(module, monkeypatch) -> None:
+    save = module.loop.save
+
+    def save_and_stop(path, **state):
+        save(path, **state)
+        raise StoppedError
+
+    monkeypatch.setattr(module.loop, "save", save_and_stop)
+
+
+def test_flags_and_skin_tones_are_left_out(script):
+    captions = script("data").captions
+    assert captions("2764-fe0f") == ("red heart", "heart")
+    assert captions("1f44b-1f3fb") == ()  # a skin tone
+    assert captions("1f1e6-1f1e8") == ()  # a flag
+    assert captions("1f3f4-e0067_e0062_e0065_e006e_e0067") == ()  # not plain code points
+    assert captions("README") == ()
+
+
+def test_a_folder_without_pictures_is_refused(script, tmp_path):
+    with pytest.raises(ValueError, match=r"folder: expected the \.webp files"):
+        script("data").pictures(tmp_path)
+
+
+def test_transparent_pixels_become_white(script):
+    data = script("data")
+    pixels = data.load_pixels(data.pictures(PICTURES)[:3], 32)
+    assert pixels.shape == (3, 3, 32, 32) and pixels.dtype == torch.uint8
+    assert (pixels[:, :, 0, 0] == 255).all()
+
+
+def test_the_tokenizer_splits_and_joins_any_text(script):
+    data, text = script("data"), script("text")
+    tokenizer = text.build_tokenizer(c for item in data.pictures(PICTURES) for c in item.captions)
+    for prompt in ("a red apple", "purple zebra"):
+        ids = tokenizer(prompt).input_ids
+        assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == prompt
+    assert len(tokenizer("red apple").input_ids) == 4  # a word of the captions is one token
+
+
+def test_the_export_is_an_image_folder_with_captions(script, monkeypatch, tmp_path):
+    run(script("export"), monkeypatch, "--data", PICTURES, "--output", tmp_path / "e", "--size", 32)
+    lines = [json.loads(x) for x in (tmp_path / "e" / "metadata.jsonl").read_text().splitlines()]
+    assert {"file_name": "2764-fe0f.png", "text": "red heart"} in lines
+    assert all((tmp_path / "e" / line["file_name"]).is_file() for line in lines)
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(script, monkeypatch, tmp_path):
+    train_vae, train_unet = script("train_vae"), script("train_unet")
+    vae = ("--data", PICTURES, "--steps", 2, "--crop-steps", 1, "--batch-size", 1)
+    vae += ("--checkpoint-every", 1)
+    unet = ("--data", PICTURES, "--vae", tmp_path / "whole" / "vae", "--batch-size", 2)
+    unet += ("--steps", 2, "--checkpoint-every", 1)
+    monkeypatch.setattr(train_unet, "PROMPTS", ["pizza"])
+    for module, flags, weights in (
+        (train_vae, vae, "vae/diffusion_pytorch_model.safetensors"),
+        (train_unet, unet, "pipeline/unet/diffusion_pytorch_model.safetensors"),
+    ):
+        run(module, monkeypatch, *flags, "--output", tmp_path / "whole")
+        with monkeypatch.context() as patch:
+            stop_after_first_checkpoint(module, patch)
+            with pytest.raises(StoppedError):
+                run(module, patch, *flags, "--output", tmp_path / "stopped")
+        run(module, monkeypatch, *flags, "--output", tmp_path / "stopped")
+        whole, stopped = (load_file(tmp_path / run / weights) for run in ("whole", "stopped"))
+        assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+        (tmp_path / "whole" / "checkpoint.pt").unlink()
+        (tmp_path / "stopped" / "checkpoint.pt").unlink()
