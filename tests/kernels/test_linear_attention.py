@@ -13,7 +13,14 @@ from torch import Tensor
 
 from linfusion.kernels import LinearState, linear_attention, linear_read, linear_state
 
-CHOICES = [("elu1", "mean"), ("elu1", "sum"), ("relu", "sum"), ("elu1", None), ("identity", None)]
+CHOICES = [
+    ("elu1", "mean"),
+    ("elu1", "sum"),
+    ("elu1", None),
+    ("relu", "mean"),
+    ("relu", "sum"),
+    ("identity", None),
+]
 # B, N, M, H, D, E
 SIZES = [
     (1, 1, 1, 1, 8, 8),

@@ -64,6 +64,38 @@ def test_a_wrong_argument_is_named(change, message):
         linear_attention(**({"q": X, "k": X, "v": X} | change))
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"k": X[0]}, r"k: expected 4 axes \[B, M, H, D\], got shape \(5, 3, 8\)"),
+        ({"v": X[:, :, :2]}, r"k, v: expected the same batch, tokens and heads"),
+        ({"k": X.int()}, r"k: expected a real floating dtype .* got torch.int32"),
+        ({"k": X[:, :0], "v": X[:, :0]}, r"k: expected every axis of \[B, M, H, D\] to be at"),
+        ({"feature_map": "softmax"}, r"feature_map: expected one of .*elu1.* got 'softmax'"),
+        ({"key_weight": torch.ones(2, 4)}, r"key_weight: expected shape .* got \(2, 4\)"),
+        ({"impl": "cuda"}, r"impl: expected None or one of .*'blocked'.* got 'cuda'"),
+    ],
+)
+def test_a_wrong_argument_of_a_state_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        linear_state(**({"k": X, "v": X} | change))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": X[0]}, r"q: expected 4 axes \[B, N, H, D\], got shape \(5, 3, 8\)"),
+        ({"q": X.to(torch.complex64)}, r"q: expected a real floating .* got torch.complex64"),
+        ({"q": X[:, :0]}, r"q: expected every axis .* at least 1, got shape \(2, 0, 3, 8\)"),
+        ({"normalizer": "max"}, r"normalizer: expected 'mean', 'sum' or None, got 'max'"),
+        ({"eps": float("inf")}, r"eps: expected a finite number of at least 0, got inf"),
+    ],
+)
+def test_a_wrong_argument_of_a_read_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        linear_read(**({"q": X, "state": linear_state(X, X)} | change))
+
+
 def test_triton_on_a_cpu_is_refused(monkeypatch):
     monkeypatch.setattr(OPS, "HAS_TRITON", True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -38,6 +38,18 @@ def test_opcheck_of_a_read():
     opcheck(OPS.linear_read, (q, kv, k_mean.detach().abs(), *choices))
 
 
+def test_opcheck_of_each_backward():
+    q, k, v, do = (
+        x.detach() for x in tensors((2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 4), (2, 5, 3, 4))
+    )
+    weight, choices = torch.rand(2, 7), ("elu1", "mean", 1e-4, "blocked")
+    _, *state = OPS.linear_attention(q, k, v, weight, *choices)
+    kv, k_mean, count = state
+    opcheck(OPS.linear_attention_backward, (do, q, k, v, weight, *state, *choices))
+    opcheck(OPS.linear_read_backward, (do, q, *state, *choices))
+    opcheck(OPS.linear_state_backward, (kv, k_mean, k, v, weight, count, "elu1", "blocked"))
+
+
 @pytest.mark.parametrize("impl", ["reference", "blocked"])
 def test_it_compiles_whole_with_any_number_of_tokens(impl):
     torch._dynamo.reset()
