@@ -50,9 +50,10 @@ class Entry:
     @classmethod
     def read(cls, item: Mapping[str, Any] | Sequence[Any]) -> Entry:
         """From the published object form, or from the older list form [name, dim, heads]."""
+        entry = None
         if isinstance(item, Mapping) and {"module_name", "dim_n", "heads"} <= set(item):
             dim = item["dim_n"]
-            return cls(
+            entry = cls(
                 path=item["module_name"],
                 dim=dim,
                 heads=item["heads"],
@@ -60,9 +61,11 @@ class Entry:
                 inner_dim=item.get("inner_dim", dim),
                 bias=item.get("bias", False),
             )
-        if isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 3:
+        elif isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 3:
             path, dim, heads = item
-            return cls(path, dim, heads, None, dim, False)
+            entry = cls(path, dim, heads, None, dim, False)
+        if entry and isinstance(entry.path, str) and {type(entry.dim), type(entry.heads)} == {int}:
+            return entry
         raise ValueError(
             "modules_list: expected objects with module_name, dim_n and heads, or lists"
             f" [name, dim, heads]; got {item!r}"
@@ -102,7 +105,7 @@ class LinFusion(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        modules_list: list[Any],
+        modules_list: list[Any] | None = None,
         layout: str = "numbered",
         attention_weights: bool = True,
         method: str = NAME,
@@ -110,6 +113,10 @@ class LinFusion(ModelMixin, ConfigMixin):
         super().__init__()
         if layout not in LAYOUTS:
             raise ValueError(f"layout: {layout!r} is not one of {LAYOUTS}")
+        if not isinstance(modules_list, list) or not modules_list:
+            raise ValueError(
+                f"modules_list: expected a list of layers in config.json, got {modules_list!r}"
+            )
         for index, entry in enumerate(self.entries):
             if layout == "numbered":
                 self.add_module(

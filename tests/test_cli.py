@@ -260,6 +260,19 @@ def test_conversion_overwrites_nothing(run, model):
     assert "already holds weights" in err
 
 
+def test_conversion_of_a_truncated_file_is_a_wrong_call(run, model, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (model / "linfusion").iterdir():
+        content = file.read_bytes()
+        cut = len(content) // 2 if file.suffix == ".safetensors" else len(content)
+        (broken / file.name).write_bytes(content[:cut])
+    code, _, err = run("convert", broken, tmp_path / "out")
+    assert code == 2
+    assert f"weights: cannot read {broken}" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_info_names_what_is_installed(run):
     code, out, _ = run("info", "--json")
     told = json.loads(out)

@@ -164,6 +164,22 @@ def wrong_item(folder):
     reconfigure(folder, lambda c: c["modules_list"].append({"layer": 3}))
 
 
+def wrong_no_list(folder):
+    reconfigure(folder, lambda c: c.pop("modules_list"))
+
+
+def wrong_list(folder):
+    reconfigure(folder, lambda c: c.update(modules_list=16))
+
+
+def wrong_width(folder):
+    reconfigure(folder, lambda c: c["modules_list"][0].update(dim_n="320"))
+
+
+def wrong_json(folder):
+    (folder / "config.json").write_text('{"modules_list": [')
+
+
 def wrong_heads(folder):
     reconfigure(folder, lambda c: [item.update(heads=2) for item in c["modules_list"]])
 
@@ -178,6 +194,10 @@ def wrong_heads(folder):
         (wrong_pickle, "weights: cannot read"),
         (wrong_only_bin, "weights: cannot read"),
         (wrong_no_config, "weights: cannot read"),
+        (wrong_json, "weights: cannot read"),
+        (wrong_no_list, "modules_list: expected a list of layers in config.json, got None"),
+        (wrong_list, "modules_list: expected a list of layers in config.json, got 16"),
+        (wrong_width, r"modules_list: expected objects with .* got \{'dim_n': '320'"),
         (wrong_item, r"modules_list: expected objects with .* got \{'layer': 3\}"),
         (wrong_heads, r"for another model than this UNet2DConditionModel: .* has 2 heads, the mod"),
     ],

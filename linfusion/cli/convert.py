@@ -72,12 +72,19 @@ def convert(
 
 
 def stored_dtype(source: str) -> torch.dtype | None:
-    """The floating dtype of a folder's safetensors; None for a hub name, which reads as float32."""
-    from safetensors import safe_open
+    """The floating dtype of a folder's safetensors; None for a hub name, which reads as float32.
+
+    Raises:
+        ValueError: a file that is truncated or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
 
     for file in sorted(Path(source).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
-                if (dtype := tensors.get_tensor(name).dtype).is_floating_point:
-                    return dtype
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  safe_open is no mapping
+                    if (dtype := tensors.get_tensor(name).dtype).is_floating_point:
+                        return dtype
+        except SafetensorError as error:
+            raise ValueError(f"weights: cannot read {file}: {error}") from error
     return None
