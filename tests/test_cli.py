@@ -333,6 +333,16 @@ def test_training_flags_reach_the_trainer(run, monkeypatch, tmp_path):
     assert config.extra_resolutions == (256, 512)
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--resume_from_checkpoint"])
+def test_training_goes_on_from_where_it_was(run, monkeypatch, tmp_path, flag):
+    import linfusion.training.trainer as trainer
+
+    seen = []
+    monkeypatch.setattr(trainer, "distill", lambda config: seen.append(config) or tmp_path)
+    run("train", "--train_data_dir", "pictures", "--output_dir", tmp_path, flag, "latest")
+    assert seen[0].resume_from_checkpoint == "latest"
+
+
 def test_training_without_pictures_is_a_wrong_call(run):
     code, _, err = run("train")
     assert code == 2

@@ -59,14 +59,16 @@ def _signature() -> inspect.Signature:
     for field in dataclasses.fields(TrainConfig):
         hint: Any = hints[field.name]
         default: Any = field.default
-        name = f"--{field.name}"
+        names = [f"--{field.name}"]
         if hint is bool:
-            name += f"/--no_{field.name}"
+            names = [f"--{field.name}/--no_{field.name}"]
+        elif field.name == "resume_from_checkpoint":
+            names.insert(0, "--resume")
         text = helps[field.name]
         if typing.get_origin(hint) is tuple:
             hint = types.GenericAlias(list, typing.get_args(hint)[:1])
             default, text = list(default), f"{text} Repeat."
-        option = Option(name, help=text)
+        option = Option(*names, help=text)
         parameters.append(_keyword(field.name, Annotated[hint, option], default))
     parameters.append(_keyword("as_json", Json, False))
     return inspect.Signature(parameters)
