@@ -1,5 +1,6 @@
 """The arguments of a distillation run, named as in diffusers' train_text_to_image.py."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,3 +182,18 @@ class TrainConfig:
     def cache_path(self) -> Path:
         """Folder of the cached latents and text states."""
         return Path(self.cache_dir) if self.cache_dir else Path(self.output_dir) / "cache"
+
+
+def writable_folder(argument: str, folder: str | Path) -> Path:
+    """The folder, made if missing; a file can be written there.
+
+    Raises:
+        ValueError: it cannot; the message blames `argument`.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{argument}: cannot write to {folder} ({error.strerror})") from error
+    return folder

@@ -36,6 +36,7 @@ def image_folder(
     image_column: str = "image",
     caption_column: str = "text",
     captions: bool = True,
+    argument: str = "train_data_dir",
 ) -> list[Example]:
     """Pictures of a folder, at any depth, in the order of their paths.
 
@@ -47,23 +48,26 @@ def image_folder(
         folder: where to look.
         image_column, caption_column: columns of the metadata.
         captions: False takes every picture, with an empty caption.
+        argument: what errors call the folder.
 
     Raises:
         ValueError: no such folder, no pictures, or a picture without a caption or file.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"train_data_dir: there is no folder {folder}")
+        raise ValueError(f"{argument}: there is no folder {folder}")
     metadata = sorted(p for p in folder.rglob("metadata.*") if p.suffix in (".jsonl", ".csv"))
     if captions and metadata:
         pairs = [
-            pair for m in metadata for pair in _metadata_pairs(m, image_column, caption_column)
+            pair
+            for m in metadata
+            for pair in _metadata_pairs(m, image_column, caption_column, argument)
         ]
     else:
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        pairs = [(p, _caption_beside(p) if captions else "") for p in paths]
+        pairs = [(p, _caption_beside(p, argument) if captions else "") for p in paths]
     if not pairs:
-        raise ValueError(f"train_data_dir: no pictures ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
+        raise ValueError(f"{argument}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
     return [
         Example(partial(Image.open, path), caption, digest(path.read_bytes()))
         for path, caption in pairs
@@ -169,7 +173,7 @@ def fit(image: Image.Image, height: int, width: int, interpolation: str) -> Imag
 
 
 def _metadata_pairs(
-    metadata: Path, image_column: str, caption_column: str
+    metadata: Path, image_column: str, caption_column: str, argument: str
 ) -> Iterator[tuple[Path, str]]:
     with metadata.open(newline="", encoding="utf-8") as file:
         rows = list(
@@ -186,15 +190,15 @@ def _metadata_pairs(
                 f"file_name and {caption_column!r}"
             )
         if not (path := metadata.parent / name).is_file():
-            raise ValueError(f"train_data_dir: {metadata} names {name}, which is not there")
+            raise ValueError(f"{argument}: {metadata} names {name}, which is not there")
         yield path, caption if isinstance(caption, str) else caption[0]
 
 
-def _caption_beside(path: Path) -> str:
+def _caption_beside(path: Path, argument: str) -> str:
     beside = path.with_suffix(".txt")
     if not beside.is_file():
         raise ValueError(
-            f"train_data_dir: {path} has no caption: no metadata.jsonl, metadata.csv or {beside}"
+            f"{argument}: {path} has no caption: no metadata.jsonl, metadata.csv or {beside}"
         )
     return beside.read_text().strip()
 

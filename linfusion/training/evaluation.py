@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import linfusion
+from linfusion.training.config import writable_folder
 from linfusion.training.data import Example, fit, image_folder
 from linfusion.training.features import random_features
 from linfusion.training.grids import side_by_side
@@ -75,7 +76,7 @@ def evaluate(
         raise ValueError("sizes: got none, accepted is one or more")
     if prompts is not None and not prompts:
         raise ValueError("prompts: got none, accepted is one or more, or None for the captions")
-    examples = image_folder(images, captions=prompts is None)
+    examples = image_folder(images, captions=prompts is None, argument="images")
     if len(examples) < 2:
         raise ValueError(f"images: got {len(examples)} pictures, accepted is 2 or more")
     pipe = load_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
@@ -84,6 +85,7 @@ def evaluate(
             raise ValueError(
                 f"sizes: got {size}, accepted are multiples of {pipe.vae_scale_factor} from 11 on"
             )
+    sheets = None if output_dir is None else writable_folder("output_dir", output_dir)
     given = list(prompts) if prompts is not None else _spread([e.caption for e in examples], n)
     drawn = [given[i % len(given)] for i in range(n)]
     extract = random_features() if extractor is None else extractor
@@ -115,11 +117,9 @@ def evaluate(
             "psnr": psnr(teacher, student[size]).mean().item(),
             "ssim": ssim(teacher, student[size]).mean().item(),
         }
-        if output_dir is not None:
-            folder = Path(output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
+        if sheets is not None:
             sheet = side_by_side(*(_images(p[:8]) for p in (teacher, student[size])))
-            sheet.save(folder / f"teacher-student-{size}.png")
+            sheet.save(sheets / f"teacher-student-{size}.png")
     return {
         "n": n,
         "real": len(examples),

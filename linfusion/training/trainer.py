@@ -24,8 +24,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+import linfusion
 from linfusion import zoo
-from linfusion.training.cache import TrainingSet
+from linfusion.layers import MARKER
+from linfusion.training.cache import TrainingSet, plan_sizes
 from linfusion.training.checkpoints import (
     checkpoint_to_resume,
     remove_leftovers,
@@ -34,12 +36,13 @@ from linfusion.training.checkpoints import (
     step_of,
     warn_of_changes,
 )
-from linfusion.training.config import TrainConfig
+from linfusion.training.config import TrainConfig, writable_folder
 from linfusion.training.data import (
     Example,
     datasets_set,
     digest,
     image_folder,
+    read_prompts,
     webdataset_shards,
 )
 from linfusion.training.grids import side_by_side
@@ -74,11 +77,13 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
             config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant
         )
         # The frozen weights of our own copy need no fp32; the VAE does, SDXL's overflows in fp16.
-        pipe.unet.to(FROZEN_DTYPES[config.mixed_precision])
+        if getattr(pipe, "unet", None) is not None:
+            pipe.unet.to(FROZEN_DTYPES[config.mixed_precision])
+    _check_pipeline(config, pipe)
     scheduler = noise_scheduler(pipe.scheduler)
 
-    out = Path(config.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    out = writable_folder("output_dir", config.output_dir)
+    writable_folder("cache_dir", config.cache_path)
     first = not AcceleratorState._shared_state
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -132,7 +137,11 @@ def load_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
 
 
 def load_examples(config: TrainConfig) -> list[Example] | None:
-    """Pictures and captions of the configured source; None if the teacher is to draw them."""
+    """Pictures and captions of the configured source; None if the teacher is to draw them.
+
+    Raises:
+        ValueError, ImportError: as the sources in `linfusion.training.data`.
+    """
     if config.train_data_dir is not None:
         return image_folder(
             config.train_data_dir,
@@ -150,7 +159,28 @@ def load_examples(config: TrainConfig) -> list[Example] | None:
         return webdataset_shards(
             config.train_shards_path_or_url, caption_column=config.caption_column
         )
+    if config.train_prompts is not None:
+        read_prompts(config.train_prompts)  # a missing file is found out before the model is loaded
     return None
+
+
+def _check_pipeline(config: TrainConfig, pipe: DiffusionPipeline) -> None:
+    """Refuse what this pipeline cannot do now, not after hours of filling the cache."""
+    if getattr(pipe, "unet", None) is None:
+        raise ValueError(
+            f"pretrained_model_name_or_path: {type(pipe).__name__} has no unet, the only kind of "
+            "model that is distilled"
+        )
+    plan_sizes(config, pipe.vae_scale_factor)
+    # A student that was saved inside its model is not tried on: restore would forget that it is.
+    if config.weights is not None or MARKER not in pipe.unet.config:
+        linfusion.linearize(
+            pipe.unet,
+            "linfusion",
+            weights=config.weights,
+            projection_mid_dim=config.projection_mid_dim,
+        )
+        linfusion.restore(pipe.unet)
 
 
 def _train(

@@ -18,6 +18,7 @@ from linfusion.training.data import (
     rgb,
     webdataset_shards,
 )
+from linfusion.training.trainer import load_examples
 from tests.tiny import tiny_image, tiny_sd_pipeline
 
 
@@ -130,6 +131,12 @@ def test_shards_that_are_not_there_are_named(pattern, said):
         webdataset_shards(pattern)
 
 
+def test_a_caption_that_a_shard_lacks_is_named(tmp_path):
+    write_shard(tmp_path / "s.tar", [("7.png", png(0)), ("7.json", b'{"label": "x"}')])
+    with pytest.raises(ValueError, match="caption_column: 'text' is not in sample 7 of"):
+        webdataset_shards(str(tmp_path / "s.tar"))
+
+
 def test_a_sample_without_caption_is_named(tmp_path):
     write_shard(tmp_path / "s.tar", [("7.png", png(0))])
     with pytest.raises(ValueError, match=r"sample 7 of .* has .png; needed are a picture and"):
@@ -146,6 +153,43 @@ def test_missing_datasets_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"linfusion\[train\]"):
         datasets_set("some/set")
+
+
+@pytest.fixture
+def image_set(tmp_path, monkeypatch):
+    """A `datasets` set of three captioned pictures in a folder; its cache stays in tmp_path."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    return str(with_metadata(tmp_path / "set"))
+
+
+def test_a_datasets_set_gives_pictures_and_captions(image_set):
+    found = datasets_set(image_set)
+    assert [e.caption for e in found] == ["picture 0", "picture 1", "picture 2"]
+    assert rgb(found[1].open()).tobytes() == tiny_image(1, 40).tobytes()
+    assert len({e.digest for e in found}) == 3
+
+
+@pytest.mark.parametrize("argument", ["image_column", "caption_column"])
+def test_a_column_that_a_set_lacks_is_named(image_set, argument):
+    with pytest.raises(ValueError, match=f"{argument}: 'none' is no column of .*, which has image"):
+        datasets_set(image_set, **{argument: "none"})
+
+
+def test_each_source_of_pictures_is_the_one_read(tmp_path, image_set):
+    write_shard(tmp_path / "s.tar", [("a.png", png(0)), ("a.txt", b"from a shard")])
+    (tmp_path / "p.txt").write_text("a")
+
+    def captions(**source):
+        examples = load_examples(TrainConfig(**source))
+        return examples and [e.caption for e in examples]
+
+    three = ["picture 0", "picture 1", "picture 2"]
+    assert captions(train_data_dir=str(with_metadata(tmp_path / "pictures"))) == three
+    assert captions(dataset_name=image_set) == three
+    assert captions(train_shards_path_or_url=str(tmp_path / "s.tar")) == ["from a shard"]
+    assert captions(train_prompts=str(tmp_path / "p.txt")) is None  # the teacher draws
 
 
 def test_prompts_are_lines(tmp_path):
@@ -267,6 +311,26 @@ def test_captions_are_dropped_as_often_as_asked(tmp_path, share):
 def test_mirrored_pictures_are_seen_too(tmp_path):
     assert training_set(tmp_path, random_flip=True).batches_per_epoch == 3
     assert training_set(tmp_path).batches_per_epoch == 2
+
+
+def test_every_picture_is_seen_at_every_resolution(tmp_path):
+    data = training_set(tmp_path, extra_resolutions=(48, 64), proportion_empty_prompts=0.0)
+    seen = {}
+    for i in range(data.batches_per_epoch):
+        batch = data.batch(i, 0, draws())
+        states = seen.setdefault(batch["latents"].shape[-1], [])
+        states += batch["states"].flatten(1).unbind()
+    assert {size: len(torch.stack(s).unique(dim=0)) for size, s in seen.items()} == {
+        4: 6,
+        6: 6,
+        8: 6,
+    }
+
+
+def test_only_so_many_samples_are_used(tmp_path):
+    data = training_set(tmp_path, max_train_samples=3, proportion_empty_prompts=0.0)
+    states = torch.cat([data.batch(i, 0, draws())["states"] for i in range(3)])
+    assert len(states.flatten(1).unique(dim=0)) == 3
 
 
 def test_each_batch_is_of_one_bucket(tmp_path):

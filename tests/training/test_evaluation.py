@@ -35,11 +35,11 @@ SETTINGS = {"sizes": [32], "n": 4, "batch_size": 2, "num_inference_steps": 2}
 
 
 def test_the_same_arguments_give_the_same_numbers(student, pictures):
-    pipe = tiny_sd_pipeline()
+    pipe, extract = tiny_sd_pipeline(), random_features()
     before = run(pipe)
-    first = evaluate(pipe, student, images=pictures, **SETTINGS)
+    first = evaluate(pipe, student, images=pictures, extractor=extract, **SETTINGS)
     assert torch.equal(run(pipe), before)
-    assert evaluate(pipe, student, images=pictures, **SETTINGS) == first
+    assert evaluate(pipe, student, images=pictures, extractor=extract, **SETTINGS) == first
 
 
 def test_the_numbers_are_those_of_the_pictures_drawn(student, pictures, tmp_path):
@@ -83,9 +83,47 @@ def test_the_numbers_are_those_of_the_pictures_drawn(student, pictures, tmp_path
     )
 
 
+def test_any_extractor_may_judge(student, pictures):
+    def blind(images):
+        return torch.zeros(len(images), 3)
+
+    found = evaluate(tiny_sd_pipeline(), student, images=pictures, extractor=blind, **SETTINGS)
+    assert found["extractor"] == "blind"
+    assert found["sizes"][32]["student_kernel_distance"] == 0
+    assert found["sizes"][32]["psnr"] < 100  # the pictures do differ
+
+
+def test_a_student_that_does_not_fit_leaves_the_pipeline_as_it_was(pictures, tmp_path):
+    pipe = tiny_sd_pipeline()
+    before = run(pipe)
+    with pytest.raises(ValueError, match="weights: cannot read"):
+        evaluate(pipe, tmp_path / "nowhere", images=pictures, **SETTINGS)
+    assert torch.equal(run(pipe), before)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda folder: (folder / "1.txt").unlink(), r"images: .*1\.png has no caption"),
+        (lambda folder: [f.unlink() for f in folder.glob("*.png")], "images: no pictures"),
+        (
+            lambda folder: [f.unlink() for f in folder.glob("[123].*")],
+            "images: got 1 pictures, accepted is 2 or more",
+        ),
+    ],
+)
+def test_an_unfit_folder_of_pictures_is_named(student, pictures, change, said):
+    change(pictures)
+    with pytest.raises(ValueError, match=said):
+        evaluate(tiny_sd_pipeline(), student, images=pictures, **SETTINGS)
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
+        ({"batch_size": 0}, "batch_size: got 0, accepted is 1 or more"),
+        ({"num_inference_steps": 0}, "num_inference_steps: got 0, accepted is 1 or more"),
+        ({"output_dir": "/dev/null/sheets"}, "output_dir: cannot write to /dev/null/sheets"),
         ({"sizes": [33]}, "sizes: got 33, accepted are multiples of 8"),
         ({"sizes": []}, "sizes: got none"),
         ({"n": 1}, "n: got 1, accepted is 2 or more"),

@@ -19,6 +19,12 @@ from linfusion.training import (
 )
 
 
+@pytest.fixture(scope="module")
+def extract():
+    """The random features, which take seconds to set up."""
+    return random_features()
+
+
 def features(n, f, seed, shift=0.0):
     return torch.randn(n, f, generator=torch.Generator().manual_seed(seed)) + shift
 
@@ -137,24 +143,53 @@ def test_unfit_features_are_refused(metric, x, y, said):
         metric(x, y)
 
 
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"subsets": 0}, "subsets: got 0, accepted is 1 or more"),
+        ({"subset_size": 6}, "subset_size: got 6, accepted is 2 to 5 here"),
+        ({"subset_size": 1}, "subset_size: got 1, accepted is 2 to 5 here"),
+    ],
+)
+def test_subsets_that_cannot_be_drawn_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        kernel_distance_subsets(torch.zeros(5, 4), torch.zeros(9, 4), **changes)
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_pictures_of_two_shapes_are_refused(metric):
+    with pytest.raises(ValueError, match=r"x, y: got \(1, 3, 16, 16\) and \(1, 3, 16, 17\)"):
+        metric(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 17))
+
+
+def test_features_of_what_is_no_picture_are_refused(extract):
+    with pytest.raises(ValueError, match=r"images: got shape \(2, 1, 20, 20\)"):
+        extract(torch.zeros(2, 1, 20, 20))
+
+
+@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance])
+def test_distances_are_computed_in_float64(metric):
+    x, y = features(20, 4, 0, shift=100.0), features(20, 4, 1, shift=100.0)
+    assert metric(x, y) == metric(x.double(), y.double())
+
+
 def test_pictures_below_the_window_are_refused():
     with pytest.raises(ValueError, match="sides of 11 or more"):
         ssim(torch.zeros(1, 3, 10, 20), torch.zeros(1, 3, 10, 20))
 
 
-def test_random_features_are_the_same_every_time():
+def test_random_features_are_the_same_every_time(extract):
     x = torch.rand(2, 3, 50, 40, generator=torch.Generator().manual_seed(0))
-    first = random_features()(x)
+    first = extract(x)
     assert first.shape == (2, 944) and torch.equal(first, random_features()(x))
 
 
-def test_random_features_tell_more_noise_from_less():
+def test_random_features_tell_more_noise_from_less(extract):
     g = torch.Generator().manual_seed(0)
     real, drawn = torch.nn.functional.interpolate(torch.rand(48, 3, 4, 4, generator=g), 64).split(
         24
     )
     noise = torch.randn(drawn.shape, generator=g)
-    extract = random_features()
     near, far = (
         kernel_distance(extract((drawn + s * noise).clamp(0, 1)), extract(real))
         for s in (0.02, 0.1)

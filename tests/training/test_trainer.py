@@ -237,6 +237,87 @@ def test_v_prediction_distils(tmp_path):
     assert not same(out / WEIGHTS, distill(plain, pipeline=tiny_sd_pipeline()) / WEIGHTS)
 
 
+def test_steps_are_counted_in_passes_where_they_are_not_given(tmp_path):
+    out = distill(
+        settings(tmp_path, max_train_steps=None, num_train_epochs=2), pipeline=tiny_sd_pipeline()
+    )
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-4"]  # 2 × ⌈6 / 4⌉
+
+
+def test_tensorboard_gets_the_losses_and_a_rate_that_warms_up(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = distill(
+        settings(
+            tmp_path,
+            report_to="tensorboard",
+            logging_steps=1,
+            learning_rate=4e-3,
+            lr_warmup_steps=4,
+        ),
+        pipeline=tiny_sd_pipeline(),
+    )
+    events = EventAccumulator(str(out / "logs" / "linfusion")).Reload()
+    logged = {
+        name: [scalar.value for scalar in events.Scalars(name)]
+        for name in ("loss", "simple", "kd", "feature", "lr")
+    }
+    assert logged["lr"] == pytest.approx([1e-3, 2e-3, 3e-3, 4e-3])
+    for loss, simple, kd, feature in zip(*list(logged.values())[:4], strict=True):
+        assert loss == pytest.approx(simple + 0.5 * kd + 0.5 * feature, rel=1e-5)
+
+
+def wrong_weights(tmp_path):
+    return {"weights": str(tmp_path / "nowhere")}, "weights: cannot read .*nowhere"
+
+
+def wrong_resolution(tmp_path):
+    return {"resolution": 33}, "resolution: got 33x33, accepted are multiples of 8"
+
+
+def wrong_output(tmp_path):
+    (tmp_path / "file").write_text("")
+    return {"output_dir": str(tmp_path / "file" / "out")}, "output_dir: cannot write to .*file/out"
+
+
+def wrong_cache(tmp_path):
+    (tmp_path / "file").write_text("")
+    return {"cache_dir": str(tmp_path / "file" / "c")}, "cache_dir: cannot write to .*file/c"
+
+
+def wrong_prompts(tmp_path):
+    changes = {"train_data_dir": None, "train_prompts": str(tmp_path / "none.txt")}
+    return changes, "train_prompts: there is no file .*none.txt"
+
+
+@pytest.mark.parametrize(
+    "wrong", [wrong_weights, wrong_resolution, wrong_output, wrong_cache, wrong_prompts]
+)
+def test_what_cannot_be_is_refused_before_any_work(tmp_path, wrong):
+    changes, said = wrong(tmp_path)
+    config, pipe = settings(tmp_path, **changes), tiny_sd_pipeline()
+    before = run(pipe)
+    with pytest.raises(ValueError, match=said):
+        distill(config, pipeline=pipe)
+    assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.safetensors"))
+    assert torch.equal(run(pipe), before)
+
+
+def test_a_pipeline_that_is_linear_already_is_refused_and_stays_so(tmp_path):
+    pipe = linfusion.linearize(tiny_sd_pipeline(), "linfusion")
+    before = run(pipe)
+    with pytest.raises(ValueError, match="is linearized already"):
+        distill(settings(tmp_path), pipeline=pipe)
+    assert torch.equal(run(pipe), before)
+
+
+def test_a_pipeline_without_a_unet_is_refused(tmp_path):
+    pipe = tiny_sd_pipeline()
+    pipe.unet = None
+    with pytest.raises(ValueError, match="StableDiffusionPipeline has no unet"):
+        distill(settings(tmp_path), pipeline=pipe)
+
+
 def test_an_unknown_prediction_type_is_refused_before_anything_is_written(tmp_path):
     scheduler = tiny_scheduler()
     scheduler.register_to_config(prediction_type="sample")
