@@ -363,6 +363,12 @@ def test_eval_compares_student_and_teacher(run, model, tmp_path):
     assert found["sizes"]["64"]["psnr"] > 0
 
 
+def test_eval_refuses_prompts_that_are_not_there(run, model, tmp_path):
+    code, _, err = run("eval", "-m", model, "--images", tmp_path, "--prompts", "none.txt")
+    assert code == 2
+    assert err == "linfusion: prompts: 'none.txt' is not a file\n"
+
+
 def test_eval_refuses_what_is_no_folder(run, model, tmp_path):
     code, _, err = run("eval", "-m", model, "--images", tmp_path / "none")
     assert code == 2

@@ -267,14 +267,19 @@ def test_linearize_twice_is_refused_and_changes_nothing():
 
 @pytest.mark.parametrize("call", [linfusion.restore, linfusion.fuse])
 def test_nothing_to_undo_or_fuse_is_refused(call):
+    unet = tiny_unet()
+    before = snapshot(unet)
     with pytest.raises(ValueError, match="UNet2DConditionModel is not linearized"):
-        call(tiny_unet())
+        call(unet)
+    assert same(before, snapshot(unet))
 
 
 def test_a_model_without_self_attention_is_refused():
     model = tiny_text_encoder()
+    before = (list(model.state_dict()), str(model.config), len(model._forward_pre_hooks))
     with pytest.raises(ValueError, match="CLIPTextModel has no self-attention of diffusers' class"):
         linfusion.linearize(model)
+    assert before == (list(model.state_dict()), str(model.config), len(model._forward_pre_hooks))
 
 
 @pytest.mark.parametrize("thing", [None, "unet", object()])

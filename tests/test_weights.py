@@ -274,8 +274,11 @@ def test_saving_that_fails_halfway_leaves_the_old_files(tmp_path, monkeypatch):
 
 def test_a_path_that_cannot_be_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
+    unet = linfusion.linearize(tiny_unet())
+    before = snapshot(unet)
     with pytest.raises(ValueError, match="save_directory: cannot write to"):
-        save(linfusion.linearize(tiny_unet()), tmp_path / "file" / "student")
+        save(unet, tmp_path / "file" / "student")
+    assert same(before, snapshot(unet))
 
 
 def test_an_unknown_layout_is_refused(tmp_path):

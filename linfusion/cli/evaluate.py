@@ -51,7 +51,11 @@ def evaluate(
         check_pixels("size", size)
     if not images.is_dir():
         raise ValueError(f"images: {str(images)!r} is not a folder")
-    lines = None if prompts is None else prompts.read_text(encoding="utf-8").splitlines()
+    lines = None
+    if prompts is not None:
+        if not prompts.is_file():
+            raise ValueError(f"prompts: {str(prompts)!r} is not a file")
+        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     if output:
         check_writable("output", output)
     with working(f"evaluating {model}"):
