@@ -1,6 +1,6 @@
 """Train the zoo's text encoder and UNet together on the VAE's latents: the softmax teacher.
 
-    python examples/zoo/train_unet.py --vae runs/vae/vae --output runs/unet --steps 5000
+    python examples/zoo/train_unet.py --vae runs/vae/vae --output runs/unet --steps 3450
 
 A run that was stopped goes on from its last checkpoint. The folder `pipeline` of the output is a
 stock StableDiffusionPipeline.
@@ -90,9 +90,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the pictures; fetched when not given")
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
     parser.add_argument("--output", type=Path, default=Path("runs/unet"))
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=3450)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1.2e-3)
     parser.add_argument("--preview-every", type=int, default=1000)
     parser.add_argument("--checkpoint-every", type=int, default=250, help="steps")
     parser.add_argument("--seed", type=int, default=0)

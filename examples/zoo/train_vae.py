@@ -1,6 +1,6 @@
 """Train the zoo's VAE: a stock AutoencoderKL that downsamples by 8, first on crops.
 
-    python examples/zoo/train_vae.py --output runs/vae --steps 1600
+    python examples/zoo/train_vae.py --output runs/vae --steps 1250
 
 A run that was stopped goes on from its last checkpoint.
 """
@@ -72,8 +72,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of the pictures; fetched when not given")
     parser.add_argument("--output", type=Path, default=Path("runs/vae"))
-    parser.add_argument("--crop-steps", type=int, default=900, help="first, on 64 px crops")
-    parser.add_argument("--steps", type=int, default=1600, help="in all; the rest on 128 px")
+    parser.add_argument("--crop-steps", type=int, default=750, help="first, on 64 px crops")
+    parser.add_argument("--steps", type=int, default=1250, help="in all; the rest on 128 px")
     parser.add_argument("--batch-size", type=int, default=8, help="at 128 px; 4 times it on crops")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps")
