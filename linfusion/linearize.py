@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import reprlib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -71,8 +73,8 @@ def linearize(
         `model_or_pipe`.
 
     Raises:
-        ValueError: it is linearized already; nothing to take; weights that do not fit; a selector
-            that selects nothing. The model is as it was.
+        ValueError: it is linearized already; nothing to take; weights that do not fit or are for
+            another method; a selector that selects nothing. The model is as it was.
     """
     mechanism = get_method(method)
     model = model_of(model_or_pipe)
@@ -93,6 +95,11 @@ def linearize(
         raise ValueError(f'size: got {size!r}, which only layers="auto" takes')
     marker = getattr(model, "config", {}).get(MARKER)
     side = _student(model, weights, marker)
+    if side is not None and side.config["method"] != method:
+        raise ValueError(
+            f"method: got {method!r}, but the weights are a student of method"
+            f" {side.config['method']!r}; give the two the same one"
+        )
     if side is None:
         learned: dict[str, dict[str, Tensor]] = {path: {} for path in found}
         mids = dict.fromkeys(found, projection_mid_dim)
@@ -255,6 +262,11 @@ def _student(model: nn.Module, weights: Any, marker: Any) -> LinFusion | None:
         return from_saved_model(model)
     if isinstance(weights, LinFusion):
         return weights
+    if not isinstance(weights, str | os.PathLike):
+        raise ValueError(
+            f"weights: got {reprlib.repr(weights)} of type {type(weights).__name__}; expected a"
+            " folder or hub name (str or Path), a LinFusion, or None"
+        )
     return LinFusion.from_pretrained(weights, dtype=compute_dtype(model))
 
 

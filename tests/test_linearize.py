@@ -469,6 +469,28 @@ def test_a_width_beside_weights_is_refused():
         linfusion.linearize(tiny_unet(), weights=student_for(tiny_unet()), projection_mid_dim=4)
 
 
+@pytest.mark.parametrize("weights", [3.5, {}, b"folder", True], ids=repr)
+def test_weights_that_are_neither_name_nor_student_are_refused(weights):
+    unet = tiny_unet()
+    before = snapshot(unet)
+    message = rf"weights: got .* of type {type(weights).__name__}; expected a folder or hub name"
+    with pytest.raises(ValueError, match=message):
+        linfusion.linearize(unet, weights=weights)
+    assert same(before, snapshot(unet))
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["object", "folder"])
+def test_a_student_of_another_method_is_refused(saved, tmp_path):
+    unet, side = tiny_unet(), student_for(tiny_unet())
+    side.register_to_config(method="sana")
+    if saved:
+        side.save_pretrained(tmp_path)
+    before = snapshot(unet)
+    with pytest.raises(ValueError, match=r"method: got 'linfusion', but .* of method 'sana'"):
+        linfusion.linearize(unet, weights=tmp_path if saved else side)
+    assert same(before, snapshot(unet))
+
+
 def test_a_student_may_be_linearized_over_a_bare_vae():
     vae = tiny_vae()
     assert isinstance(vae, AutoencoderKL)
