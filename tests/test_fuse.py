@@ -9,7 +9,7 @@ from peft import LoraConfig
 import linfusion
 from linfusion.attention import fused
 from tests.students import student_for
-from tests.tiny import denoise, tiny_unet, unet_inputs
+from tests.tiny import denoise, run, tiny_sd_pipeline, tiny_unet, unet_inputs
 
 
 def linear_unet(mid=None, **kwargs):
@@ -49,6 +49,15 @@ def test_unfusing_gives_back_the_same_bits():
     names, expected = set(unet.state_dict()), denoise(unet)
     linfusion.unfuse(linfusion.fuse(unet))
     assert torch.equal(denoise(unet), expected) and set(unet.state_dict()) == names
+
+
+def test_a_pipeline_is_fused_and_unfused_to_the_same_bits():
+    pipe = tiny_sd_pipeline()
+    linfusion.linearize(pipe, weights=student_for(pipe.unet))
+    expected = run(pipe)
+    assert linfusion.fuse(pipe) is pipe and linfusion.summary(pipe.unet).fused
+    assert linfusion.unfuse(pipe) is pipe and not linfusion.summary(pipe.unet).fused
+    assert torch.equal(run(pipe), expected)
 
 
 def test_restoring_a_fused_model_gives_back_the_same_bits():

@@ -148,6 +148,20 @@ def test_the_widest_head_agrees(poisoned):
     assert error(o, truth) <= TOLERANCE[torch.float32]
 
 
+def test_a_head_of_288_has_the_right_gradients(poisoned):
+    tensors = inputs(5, 7, 288, 288, torch.float32)
+    tensors = tuple(x[:1, :, :1] for x in tensors)
+    check(run(*tensors, None, "elu1", "mean"), exact(*tensors, None, "elu1", "mean"), torch.float32)
+
+
+@pytest.mark.parametrize("d", [40, 80], ids=["fused", "split"])
+def test_identity_agrees_with_the_mean_normaliser(d, poisoned):
+    # Of one sign, as what is mapped already is: else a denominator may be anywhere near zero.
+    q, k, v, do = inputs(63, 70, d, d, torch.float32)
+    choice = (q.abs(), k.abs(), v, do, key_weight(70), "identity", "mean")
+    check(run(*choice), exact(*choice), torch.float32)
+
+
 @pytest.mark.parametrize("splits", [1, 3, 7, 9])
 def test_splitting_the_tokens_changes_nothing(splits, poisoned):
     # 200 tokens are seven blocks of 32: with seven splits one each, with nine the last two empty.
