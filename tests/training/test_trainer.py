@@ -118,7 +118,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, accumulation):
 
 
 def test_a_run_killed_at_any_instant_resumes_to_the_same_weights(tmp_path):
-    """SIGKILL at moments that differ, during the cache, steps and checkpoint writes alike."""
+    """SIGKILL at moments that differ, during steps and checkpoint writes alike."""
     tiny_sd_pipeline().save_pretrained(tmp_path / "pipe")
     base = settings(
         tmp_path,
