@@ -1,17 +1,18 @@
-"""`python -m benchmarks [NAME ...] [--json FILE]`, or `make bench ONLY=linear`."""
+"""`python -m benchmarks [NAME ...] [--size PIXELS] [--json FILE]`, or `make bench ONLY=linear`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.linear import core, layer, scaling
 from benchmarks.measure import HEADER, Row, keep, line, machine
-from benchmarks.unet import unet
+from benchmarks.unet import SIZES, unet
 
 BENCHMARKS = {"linear": (core, layer), "scaling": (scaling,), "unet": (unet,)}
 
@@ -21,16 +22,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument(
+        "--size",
+        type=int,
+        action="append",
+        metavar="PIXELS",
+        help=f"of unet's pictures, may be repeated; {', '.join(map(str, SIZES))}",
+    )
     args = parser.parse_args()
     unknown = [name for name in args.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"NAME: got {', '.join(unknown)}; expected {', '.join(BENCHMARKS)}")
+    if args.size and args.names != ["unet"]:
+        parser.error(f"--size: only unet takes sizes; got NAME {' '.join(args.names) or '(all)'}")
+    wrong = [size for size in args.size or () if size < 8 or size % 8]
+    if wrong:
+        parser.error(f"--size: got {wrong[0]}; expected a positive multiple of 8")
+    benchmarks = BENCHMARKS | ({"unet": (partial(unet, tuple(args.size)),)} if args.size else {})
 
     print(machine(), HEADER, sep="\n", flush=True)
     rows: list[Row] = []
     with torch.inference_mode():
-        for name in args.names or BENCHMARKS:
-            for benchmark in BENCHMARKS[name]:
+        for name in args.names or benchmarks:
+            for benchmark in benchmarks[name]:
                 for part in benchmark():
                     rows += part
                     print(*map(line, part), sep="\n", flush=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import ctypes
-import gc
 import platform
 import statistics
 import time
@@ -13,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
+
+from linfusion.cli.measure import measure
 
 RESULTS = Path(__file__).parent / "results.csv"
 KEY = ("kernel", "provider", "size", "dtype", "machine")
@@ -66,24 +66,9 @@ def machine() -> str:
 
 
 def peak_extra_mb(run: Callable[[], object]) -> float:
-    """How far resident memory rises above its level before `run`, in MB; NaN outside Linux."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not reset.exists():
-        return float("nan")
-
-    def read(field: str) -> float:
-        line = next(x for x in status.read_text().splitlines() if x.startswith(field))
-        return int(line.split()[1]) / 1024
-
-    gc.collect()
-    # Freed memory that malloc keeps would hide what the run takes.
-    ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")  # the high-water mark becomes the present size
-    before = read("VmRSS")
-    kept = run()
-    peak = read("VmHWM")
-    del kept
-    return peak - before
+    """How far resident memory rises above its level before `run`, in MiB; NaN outside Linux."""
+    _, _, extra = measure(run)
+    return float("nan") if extra is None else extra / 2**20
 
 
 def compare(

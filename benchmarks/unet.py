@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.measure import Row, compare
+
+SIZES = (512, 1024, 1536)
 
 
 def sd15_unet(dtype: torch.dtype) -> Any:
@@ -23,38 +26,36 @@ def sd15_unet(dtype: torch.dtype) -> Any:
     return unet
 
 
-def unet(pixels: tuple[int, ...] = (512, 1024, 1536)) -> Iterator[list[Row]]:
-    """Softmax through SDPA against every self-attention layer linear, and against `auto`, fused."""
+def unet(pixels: tuple[int, ...] = SIZES) -> Iterator[list[Row]]:
+    """Softmax through SDPA against every self-attention layer linear, and `auto`, also fused."""
     import linfusion
+    from linfusion.layers import record_of
 
     dtype = torch.bfloat16
     model = sd15_unet(dtype)
     text = torch.randn(1, 77, 768).to(dtype)
-    now: dict[str, Any] = {"provider": "softmax"}
+
+    def switch(layers: str | None, size: int, linear: bool, fused: bool) -> None:
+        """From whatever ran before; `restore` drops its learned and fused weights."""
+        if record_of(model) is not None:
+            linfusion.restore(model)
+        if linear:
+            linfusion.linearize(model, layers=layers, size=size if layers else None)
+        if fused:
+            linfusion.fuse(model)
 
     for size in pixels:
         sample = torch.randn(1, 4, size // 8, size // 8).to(dtype)
 
-        def switch(provider: str, layers: str | None = None, size: int = size) -> None:
-            if now["provider"] == (provider, size):
-                return
-            if now["provider"] != "softmax":
-                linfusion.restore(linfusion.unfuse(model))
-                now["provider"] = "softmax"
-            if provider != "softmax":
-                linfusion.linearize(model, layers=layers, size=size if layers else None)
-                linfusion.fuse(model)
-                now["provider"] = (provider, size)
-
         def step(sample: torch.Tensor = sample) -> object:
             return model(sample, 500, text).sample
 
-        before = {
-            "softmax": lambda: switch("softmax"),
-            "linfusion+fuse": lambda: switch("linfusion+fuse"),
-            "auto+fuse": lambda: switch("auto+fuse", "auto"),
+        before: dict[str, Callable[[], object]] = {
+            "softmax": partial(switch, None, size, linear=False, fused=False),
+            "linfusion": partial(switch, None, size, linear=True, fused=False),
+            "linfusion+fuse": partial(switch, None, size, linear=True, fused=True),
+            "auto+fuse": partial(switch, "auto", size, linear=True, fused=True),
         }
-        rivals = dict.fromkeys(before, step)
-        runs = {512: 5, 1024: 3}.get(size, 2)
+        rivals: dict[str, Callable[[], object]] = dict.fromkeys(before, step)
+        runs = 5 if size <= 512 else 3 if size <= 1024 else 2
         yield compare("unet", size, dtype, rivals, runs=runs, before=before)
-        switch("softmax")
