@@ -89,6 +89,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of the pictures; fetched when not given")
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
+    parser.add_argument(
+        "--init", type=Path, help="pipeline whose text encoder and UNet to go on from"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/unet"))
     parser.add_argument("--steps", type=int, default=3450)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -105,8 +108,12 @@ def main() -> None:
     vae = AutoencoderKL.from_pretrained(args.vae)
     latents = encode(vae, data.load_pixels(items, SIZE))
     tokenizer = text.build_tokenizer([c for item in items for c in item.captions])
-    text_encoder = text.build_text_encoder(tokenizer)
-    unet = build_unet().to(memory_format=torch.channels_last)
+    text_encoder, unet = text.build_text_encoder(tokenizer), build_unet()
+    if args.init:
+        text_encoder = text_encoder.from_pretrained(args.init / "text_encoder", dtype=torch.float32)
+        unet = unet.from_pretrained(args.init / "unet", dtype=torch.float32)
+    text_encoder.train()
+    unet.train().to(memory_format=torch.channels_last)
     scheduler = build_scheduler()
     pipe = StableDiffusionPipeline(
         vae=vae,

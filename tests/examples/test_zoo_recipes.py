@@ -102,3 +102,18 @@ def test_a_stopped_training_goes_on_to_the_same_weights(script, monkeypatch, tmp
         assert all(torch.equal(whole[name], stopped[name]) for name in whole)
         (tmp_path / "whole" / "checkpoint.pt").unlink()
         (tmp_path / "stopped" / "checkpoint.pt").unlink()
+
+
+def test_training_goes_on_from_a_pipeline(script, monkeypatch, tmp_path):
+    train_vae, train_unet = script("train_vae"), script("train_unet")
+    train_vae.build().save_pretrained(tmp_path / "vae")
+    monkeypatch.setattr(train_unet, "PROMPTS", ["pizza"])
+    flags = ("--data", PICTURES, "--vae", tmp_path / "vae", "--batch-size", 2, "--steps", 1)
+    run(train_unet, monkeypatch, *flags, "--output", tmp_path / "first")
+    first = tmp_path / "first" / "pipeline"
+    no_step = ("--init", first, "--learning-rate", 0, "--output", tmp_path / "second")
+    run(train_unet, monkeypatch, *flags, *no_step)
+    for part in ("text_encoder/model", "unet/diffusion_pytorch_model"):
+        one, two = (load_file(tmp_path / x / "pipeline" / f"{part}.safetensors")
+                    for x in ("first", "second"))  # fmt: skip
+        assert all(torch.equal(one[name], two[name]) for name in one)
