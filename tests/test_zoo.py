@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -9,14 +10,15 @@ import linfusion
 from linfusion import zoo
 
 
-def draw(pipe, seed=0):
+def draw(pipe, steps=2):
     pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return pipe(
         "a red heart",
         height=128,
         width=128,
-        num_inference_steps=2,
+        num_inference_steps=steps,
+        guidance_scale=4.0,
         generator=generator,
         output_type="pt",
     ).images
@@ -45,7 +47,9 @@ def test_its_student_restored_is_its_teacher_to_the_bit():
     assert all(torch.equal(x, theirs[name]) for name, x in student.unet.state_dict().items())
 
 
-def test_it_draws_on_white_as_every_picture_it_was_trained_on():
-    image = draw(zoo.load("emoji"))[0]
-    assert image.shape == (3, 128, 128)
-    assert image[:, :4, :4].mean() > 0.8
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_red_heart_is_red_on_white(linear):
+    image = draw(zoo.load("emoji", linear=linear), steps=8)[0]
+    red, green, blue = image[:, 56:72, 56:72].mean((1, 2))
+    assert red > 0.7 and green < 0.3 and blue < 0.6
+    assert image[:, :4, :4].mean() > 0.85
