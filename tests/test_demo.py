@@ -37,12 +37,12 @@ def test_the_demo_draws_both_sides_and_prints_their_cost(demo, tmp_path, monkeyp
     demo.main()
     pictures = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert pictures == [
+        "a-pizza-64-linear.png",
+        "a-pizza-64-softmax.png",
         "a-red-heart-128-linear.png",
         "a-red-heart-128-softmax.png",
         "a-red-heart-64-linear.png",
         "a-red-heart-64-softmax.png",
-        "a-pizza-64-linear.png",
-        "a-pizza-64-softmax.png",
         "contact-sheet.png",
     ]
     assert Image.open(tmp_path / "out" / "a-red-heart-128-linear.png").size == (128, 128)
