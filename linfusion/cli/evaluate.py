@@ -85,8 +85,14 @@ def evaluate(
     emit_table(
         ["", *(f"{size} px" for size in result["sizes"])],
         [
-            [name.replace("_", " "), *(f"{row[name]:.4g}" for row in result["sizes"].values())]
+            [name.replace("_", " "), *(_figure(row[name]) for row in result["sizes"].values())]
             for name in columns
         ],
         title=f"{model}: {result['n']} pictures, seed {result['seed']}",
     )
+
+
+def _figure(value: float | list[float]) -> str:
+    """0.1234, or "0.9 to 1.2" for an interval."""
+    values = value if isinstance(value, list) else [value]
+    return " to ".join(f"{v:.4g}" for v in values)

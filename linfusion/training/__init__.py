@@ -9,6 +9,7 @@ _HOME = {
     "Distillation": "objective",
     "frechet_distance": "metrics",
     "kernel_distance": "metrics",
+    "kernel_distance_ratio": "metrics",
     "kernel_distance_subsets": "metrics",
     "psnr": "metrics",
     "ssim": "metrics",

@@ -19,7 +19,7 @@ from linfusion.training.grids import side_by_side
 from linfusion.training.metrics import (
     frechet_distance,
     kernel_distance,
-    kernel_distance_subsets,
+    kernel_distance_ratio,
     psnr,
     ssim,
 )
@@ -49,9 +49,10 @@ def evaluate(
         pipeline: the teacher, or its folder / hub name / "zoo:emoji"; given back as it came.
         weights: the student's weights, as `linfusion.linearize(..., weights=...)` takes them.
         images: image folder of the real pictures; all of them are used.
-        prompts: prompts to draw, cycled up to n; None takes the captions of the image folder.
+        prompts: prompts to draw, cycled up to n; None takes the captions of the image folder,
+            evenly spread, and pairs each picture drawn with the real one of its caption.
         sizes: heights = widths in pixels.
-        n: pictures drawn of each kind at each size.
+        n: pictures drawn of each kind at each size. The interval of the ratio narrows with √n.
         batch_size: pictures drawn at a time.
         seed: picture i starts from noise of seed + i, for teacher and student alike.
         num_inference_steps, guidance_scale: of the sampler.
@@ -59,11 +60,14 @@ def evaluate(
         output_dir: if given, a teacher | student sheet of each size is written there.
 
     Returns:
-        {"n", "real", "seed", "num_inference_steps", "guidance_scale", "extractor", "sizes":
-        {size: {"teacher_kernel_distance", "student_kernel_distance", "ratio",
-        "teacher_kernel_distance_std", "student_kernel_distance_std",
+        {"n", "real", "paired", "seed", "num_inference_steps", "guidance_scale", "extractor",
+        "sizes": {size: {"teacher_kernel_distance", "student_kernel_distance", "ratio",
+        "ratio_interval", "teacher_kernel_distance_std", "student_kernel_distance_std",
         "teacher_frechet_distance", "student_frechet_distance", "psnr", "ssim"}}}.
-        "ratio" is student / teacher kernel distance; "std" is over 100 random halves.
+        "ratio" is student / teacher kernel distance, "ratio_interval" holds 95 % of its bootstrap
+        distribution (`kernel_distance_ratio`), "std" is the bootstrap standard error. "paired"
+        tells whether the kernel distances are those of pairs, as they are with captions
+        (`kernel_distance`); the Fréchet distances are always to all real pictures.
 
     Raises:
         ValueError: an argument that cannot be; nothing has been drawn then.
@@ -86,8 +90,12 @@ def evaluate(
                 f"sizes: got {size}, accepted are multiples of {pipe.vae_scale_factor} from 11 on"
             )
     sheets = None if output_dir is None else writable_folder("output_dir", output_dir)
-    given = list(prompts) if prompts is not None else _spread([e.caption for e in examples], n)
-    drawn = [given[i % len(given)] for i in range(n)]
+    pairs = None
+    if prompts is None:
+        pairs = _spread(len(examples), n)
+        drawn = [examples[i].caption for i in pairs.tolist()]
+    else:
+        drawn = [prompts[i % len(prompts)] for i in range(n)]
     extract = random_features() if extractor is None else extractor
 
     def pictures(size: int, label: str) -> Tensor:
@@ -113,7 +121,7 @@ def evaluate(
         teacher = pictures(size, "teacher")
         real = _features(extract, _real(examples, size, batch_size))
         t, s = (_features(extract, p.split(batch_size)) for p in (teacher, student[size]))
-        found[size] = _compare(real, t, s) | {
+        found[size] = _compare(real, t, s, pairs) | {
             "psnr": psnr(teacher, student[size]).mean().item(),
             "ssim": ssim(teacher, student[size]).mean().item(),
         }
@@ -123,6 +131,7 @@ def evaluate(
     return {
         "n": n,
         "real": len(examples),
+        "paired": pairs is not None,
         "seed": seed,
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
@@ -161,23 +170,20 @@ def _draw(
     return torch.cat([p.cpu() for p in parts])
 
 
-def _compare(real: Tensor, teacher: Tensor, student: Tensor) -> dict[str, float]:
-    t, s = kernel_distance(teacher, real), kernel_distance(student, real)
-    half = min(len(real), len(teacher)) // 2
-    spread = {}
-    if half >= 2:
-        # Equal seeds draw equal subsets, so teacher and student are compared on the same halves.
-        spread = {
-            f"{name}_kernel_distance_std": kernel_distance_subsets(f, real, subset_size=half)[1]
-            for name, f in (("teacher", teacher), ("student", student))
-        }
+def _compare(
+    real: Tensor, teacher: Tensor, student: Tensor, pairs: Tensor | None
+) -> dict[str, float | list[float]]:
+    found = kernel_distance_ratio(student, teacher, real, pairs=pairs)
     return {
-        "teacher_kernel_distance": t,
-        "student_kernel_distance": s,
-        "ratio": s / t if t > 0 else float("nan"),
+        "teacher_kernel_distance": kernel_distance(teacher, real, pairs=pairs),
+        "student_kernel_distance": kernel_distance(student, real, pairs=pairs),
+        "ratio": found.ratio,
+        "ratio_interval": list(found.interval),
+        "teacher_kernel_distance_std": found.y_std,
+        "student_kernel_distance_std": found.x_std,
         "teacher_frechet_distance": frechet_distance(teacher, real),
         "student_frechet_distance": frechet_distance(student, real),
-    } | spread
+    }
 
 
 def _real(examples: Sequence[Example], size: int, batch_size: int) -> list[Tensor]:
@@ -195,11 +201,10 @@ def _features(extract: Callable[[Tensor], Tensor], batches: Sequence[Tensor]) ->
     return torch.cat([extract(batch) for batch in batches])
 
 
-def _spread(captions: list[str], n: int) -> list[str]:
-    """n captions evenly over the folder, or all of them if there are fewer."""
-    if len(captions) <= n:
-        return captions
-    return [captions[i * len(captions) // n] for i in range(n)]
+def _spread(examples: int, n: int) -> Tensor:
+    """n positions [n] in a folder: evenly spread, or all of them in turn if there are fewer."""
+    i = torch.arange(n)
+    return i % examples if examples <= n else i * examples // n
 
 
 def _images(pictures: Tensor) -> list[Image.Image]:

@@ -20,6 +20,12 @@ def random_features(seed: int = 0) -> Callable[[Tensor], Tensor]:
     It is not Inception, and its distances cannot be compared with any published FID or KID: only
     with each other, for the same seed.
 
+    Pictures with more contrast or texture than discs lie outside that range, and the cubic kernel
+    gives them most of the weight: over 600 emoji at 128 px |x|²/F has a median of 1.7 and a
+    maximum of 8, and the kernel distance of 128 of them to the rest has a spread of 0.3 around 0.
+    To compare two models take pairs (`kernel_distance_ratio`), where that spread cancels. Fixed
+    scales, and not those of the pictures at hand, keep distances to different sets comparable.
+
     Args:
         seed: of the filters.
 

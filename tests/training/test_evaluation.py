@@ -78,9 +78,31 @@ def test_the_numbers_are_those_of_the_pictures_drawn(student, pictures, tmp_path
     for name, images in (("teacher", teacher), ("student", drawn)):
         expected = kernel_distance(extract(images), extract(real))
         assert numbers[f"{name}_kernel_distance"] == pytest.approx(expected, rel=1e-2)
+    assert not found["paired"]
     assert numbers["ratio"] == pytest.approx(
         numbers["student_kernel_distance"] / numbers["teacher_kernel_distance"]
     )
+
+
+def test_pictures_of_captions_are_paired_with_the_real_ones(student, pictures):
+    def mean(images):
+        return images.mean((2, 3))
+
+    found = evaluate(
+        tiny_sd_pipeline(), student, images=pictures, extractor=mean, **{**SETTINGS, "n": 2}
+    )
+    numbers = found["sizes"][32]
+    assert found["paired"]
+    pipe = tiny_sd_pipeline()
+    # Two of four captions, evenly spread: the first and the third, in the order of their paths.
+    drawn = [run(pipe, seed=i, prompt=f"picture {2 * i}", height=32, width=32) for i in range(2)]
+    real = [torch.tensor(list(tiny_image(i, 32).tobytes())).view(-1, 3).T / 255 for i in (0, 2)]
+    expected = kernel_distance(
+        mean(torch.cat(drawn)), torch.stack(real).mean(2), pairs=torch.arange(2)
+    )
+    assert numbers["teacher_kernel_distance"] == pytest.approx(expected, rel=1e-2)
+    low, high = numbers["ratio_interval"]
+    assert low <= high
 
 
 def test_any_extractor_may_judge(student, pictures):

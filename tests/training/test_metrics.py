@@ -12,6 +12,7 @@ from linfusion.training import (
     frechet_distance,
     inception_features,
     kernel_distance,
+    kernel_distance_ratio,
     kernel_distance_subsets,
     psnr,
     random_features,
@@ -79,6 +80,102 @@ def test_kernel_distance_of_two_points_each():
     x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.0], [3.0]])
     # k(a, b) = (ab + 1)³: k(1,2) = 27, k(0,3) = 1; cross: 1, 64, 1, 343
     assert kernel_distance(x, y) == pytest.approx(27 + 1 - 2 * (1 + 64 + 1 + 343) / 4)
+
+
+def test_kernel_distance_of_pairs_is_unbiased():
+    """Over all samples of two of five dependent pairs its mean is the MMD of the population."""
+    y = features(5, 3, 0, shift=1.0).double()
+    x = y + 0.1 * features(5, 3, 1)
+
+    def k(a, b):
+        return ((a @ b.T / 3 + 1) ** 3).mean()
+
+    expected = (k(x, x) + k(y, y) - 2 * k(x, y)).item()
+    samples = [list(s) for s in itertools.product(range(5), repeat=2)]
+    paired, unpaired = (
+        sum(kernel_distance(x[s], y[s], pairs=pairs) for s in samples) / len(samples)
+        for pairs in (torch.arange(2), None)
+    )
+    assert paired == pytest.approx(expected, rel=1e-9)
+    assert unpaired < expected - 1  # why pairs are needed
+
+
+def test_a_pair_drawn_twice_counts_as_often_as_one_drawn_once():
+    x, y = features(4, 3, 0), features(6, 3, 1)
+    pairs = torch.tensor([5, 0, 2, 3])
+    twice = kernel_distance(x.repeat(2, 1), y, pairs=pairs.repeat(2))
+    assert twice == pytest.approx(kernel_distance(x, y, pairs=pairs), rel=1e-12)
+
+
+def blurred(n, seed, by):
+    """Heavy-tailed real features, and what a model that mimics each makes of them."""
+    real = features(n, 8, seed) * (0.5 + features(n, 1, seed + 1).abs())
+    return real, real * (1 - by) + 0.05 * features(n, 8, seed + 2)
+
+
+def test_pairs_tell_a_ratio_that_independent_pictures_cannot():
+    many, far = blurred(1500, 0, 0.24)
+    near = blurred(1500, 0, 0.2)[1]
+    every = torch.arange(1500)
+    true = kernel_distance(far, many, pairs=every) / kernel_distance(near, many, pairs=every)
+    few = slice(0, 100)
+    paired = kernel_distance_ratio(far[few], near[few], many[few], pairs=torch.arange(100))
+    low, high = paired.interval
+    assert low < paired.ratio < high and low < true < high
+    assert high - low < 0.5
+    unpaired = kernel_distance_ratio(far[few], near[few], many[few])
+    assert unpaired.interval == (-math.inf, math.inf)
+
+
+def test_the_standard_error_is_the_spread_over_samples():
+    found = []
+    for i in range(40):
+        real, x = blurred(100, 10 * i, 0.2)
+        d = kernel_distance(x, real, pairs=torch.arange(100))
+        error = kernel_distance_ratio(x, x, real, pairs=torch.arange(100), draws=200).x_std
+        found.append((d, error))
+    d, errors = torch.tensor(found).unbind(1)
+    assert 0.6 < errors.mean() / d.std() < 1.6
+
+
+@pytest.mark.parametrize("pairs", [None, torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])])
+def test_equal_pictures_have_a_ratio_of_exactly_one(pairs):
+    x, z = features(8, 4, 0, shift=2.0), features(5, 4, 1)
+    found = kernel_distance_ratio(x, x, z, pairs=pairs, draws=50)
+    assert (found.ratio, found.interval) == (1, (1, 1)) and found.x_std == found.y_std > 0
+
+
+def test_a_distance_of_nothing_has_no_ratio():
+    x, y, z = features(50, 4, 0, shift=1.0), features(50, 4, 1), features(50, 4, 2)
+    assert kernel_distance_ratio(x, y, z).interval == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    "pairs, said",
+    [
+        (torch.tensor([0, 1]), r"pairs: got \(2,\) of torch.int64, accepted are 3 integers"),
+        (torch.zeros(3), "of torch.float32, accepted are 3 integers"),
+        (torch.tensor([0, 1, 4]), "pairs: got rows 0 to 4, accepted are 2 or more of 0 to 3"),
+        (torch.tensor([2, 2, 2]), "pairs: got rows 2 to 2, accepted are 2 or more of 0 to 3"),
+    ],
+)
+def test_pairs_that_are_none_are_refused(pairs, said):
+    with pytest.raises(ValueError, match=said):
+        kernel_distance(torch.zeros(3, 5), torch.zeros(4, 5), pairs=pairs)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"draws": 0}, "draws: got 0, accepted is 1 or more"),
+        ({"level": 1.0}, "level: got 1.0, accepted is between 0 and 1"),
+        ({"y": torch.zeros(4, 5)}, r"x, y: got \(3, 5\) and \(4, 5\)"),
+    ],
+)
+def test_a_ratio_that_cannot_be_is_refused(changes, said):
+    given = {"x": torch.zeros(3, 5), "y": torch.zeros(3, 5), "z": torch.zeros(4, 5), **changes}
+    with pytest.raises(ValueError, match=said):
+        kernel_distance_ratio(**given)
 
 
 def test_whole_subsets_have_no_spread():
