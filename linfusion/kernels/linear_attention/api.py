@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from linfusion.kernels.linear_attention import ops, reference
 from linfusion.kernels.linear_attention.common import FEATURE_MAPS, LinearState, accumulator
@@ -57,6 +58,19 @@ def linear_attention(
             it, what came and what is accepted.
         ImportError: impl="triton" without triton.
     """
+    if has_torch_function((q, k, v)):  # tensors that know better, as torch's own functions ask
+        return handle_torch_function(
+            linear_attention,
+            (q, k, v),
+            q,
+            k,
+            v,
+            feature_map=feature_map,
+            normalizer=normalizer,
+            eps=eps,
+            key_weight=key_weight,
+            impl=impl,
+        )
     feature_map_name = _check_choices(feature_map, normalizer, eps)
     _check_keys(k, v)
     _check_queries(q, heads=k.shape[2], batch=k.shape[0], against="k", device=k.device)
