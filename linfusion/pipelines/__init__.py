@@ -1,0 +1,1 @@
+"""Pictures and videos of sizes that softmax attention and whole-picture memory do not reach."""
