@@ -13,6 +13,11 @@ _HOME = {
     "kernel_distance_subsets": "metrics",
     "psnr": "metrics",
     "ssim": "metrics",
+    "consistency": "large",
+    "patch_distances": "large",
+    "patch_features": "large",
+    "repetition_score": "large",
+    "seam_score": "large",
     "inception_features": "features",
     "random_features": "features",
 }
