@@ -375,6 +375,48 @@ def test_eval_refuses_what_is_no_folder(run, model, tmp_path):
     assert "is not a folder" in err
 
 
+def test_eval_judges_one_large_picture(run, tmp_path):
+    tiny_image(0, 96).save(tmp_path / "large.png")
+    tiny_image(0, 48).save(tmp_path / "base.png")
+    (tmp_path / "real").mkdir()
+    for i in range(2):
+        tiny_image(i, 64).save(tmp_path / "real" / f"{i}.png")
+    code, out, _ = run(
+        *("eval", "--picture", tmp_path / "large.png", "--base", tmp_path / "base.png"),
+        *("--band", 32, "--images", tmp_path / "real", "--crop", 32, "--num-images", 3, "--json"),
+    )
+    assert code == 0
+    found = json.loads(out)
+    assert (found["height"], found["width"]) == (96, 96)
+    assert list(found["scores"]) == [
+        *("seam", "psnr", "ssim", "repetition", "repetition_above_base"),
+        *("patch_frechet_distance", "patch_kernel_distance"),
+    ]
+
+
+def test_eval_of_a_picture_prints_a_table(run, tmp_path):
+    tiny_image(0, 48).save(tmp_path / "p.png")
+    code, out, _ = run("eval", "--picture", tmp_path / "p.png", "--border", 16, "--border", 27)
+    assert code == 0
+    assert "seam" in out and "repetition" in out and "psnr" not in out
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--picture", "none.png"], "picture: 'none.png' is not a file"),
+        (["--picture", "none.png", "--steps", "3"], "not taken together with --picture"),
+        (["--picture", "p", "--border", "1", "--band", "1"], "band: give either --border or"),
+        (["--images", ".", "--band", "8"], "band: taken only together with --picture"),
+        ([], "images: missing; accepted is a folder of real pictures"),
+    ],
+)
+def test_eval_refuses_flags_that_do_not_go_together(run, arguments, said):
+    code, out, err = run("eval", *arguments)
+    assert (code, out) == (2, "")
+    assert said in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_help_lists_the_commands(run, arguments):
     code, out, _ = run(*arguments)

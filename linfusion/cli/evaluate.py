@@ -1,19 +1,26 @@
-"""`linfusion eval`: how far the student's pictures are from real ones, and the teacher's."""
+"""`linfusion eval`: a student beside its teacher and real pictures, or one large picture."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from typer import Option
+from typer import Context, Option
 
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, emit_table, working
 from linfusion.cli.size import check_pixels
 
+_ONE_PICTURE = {"picture", "base", "border", "band", "crop"}  # what --picture alone takes
+_BOTH = {"images", "count", "seed"}
+
 
 def evaluate(
-    images: Annotated[Path, Option(help="Folder of real pictures with captions.")],
+    context: Context,
+    images: Annotated[
+        Path | None,
+        Option(help="Folder of real pictures, with captions unless --prompts or --picture."),
+    ] = None,
     model: load.ModelOption = load.DEFAULT_MODEL,
     weights: load.WeightsOption = None,
     sizes: Annotated[
@@ -39,13 +46,46 @@ def evaluate(
     output: Annotated[
         Path | None, Option("--output", "-o", help="Folder for teacher | student grids.")
     ] = None,
+    picture: Annotated[
+        Path | None, Option(help="Judge this one picture, of any size, instead of a student.")
+    ] = None,
+    base: Annotated[
+        Path | None, Option(help="--picture: the small picture that it was made from.")
+    ] = None,
+    border: Annotated[
+        list[int] | None, Option(min=1, help="--picture: row where a band begins; repeat.")
+    ] = None,
+    band: Annotated[
+        int | None, Option(min=1, help="--picture: rows of a band, if all have as many.")
+    ] = None,
+    crop: Annotated[
+        int, Option(min=8, help="--picture: pixels of a crop compared with those of --images.")
+    ] = 128,
     as_json: Json = False,
 ) -> None:
     """Measure a student against its teacher.
 
     Kernel and Fréchet distances of both to real pictures; PSNR and SSIM of one to the other at
     equal prompts and seeds.
+
+    With --picture: distances of its crops (--num-images of them) to crops of the pictures of
+    --images, its likeness to --base, a seam score at --border or --band (1 is no seam), and a
+    repetition score (1 for equal tiles), less that of --base. Each is left out without its flag.
     """
+    _check_flags(context, picture is not None)
+    if picture is not None:
+        result = _judge_picture(
+            picture, images, base, border, band=band, crop=crop, n=count, seed=seed
+        )
+        if as_json:
+            emit_json(result)
+        else:
+            rows = [[name.replace("_", " "), _figure(v)] for name, v in result["scores"].items()]
+            title = f"{picture}: {result['width']} x {result['height']} px"
+            emit_table(["", "score"], rows, title=title)
+        return
+    if images is None:
+        raise ValueError("images: missing; accepted is a folder of real pictures")
     load.check_model(model)
     for size in sizes or []:
         check_pixels("size", size)
@@ -90,6 +130,72 @@ def evaluate(
         ],
         title=f"{model}: {result['n']} pictures, seed {result['seed']}",
     )
+
+
+def _check_flags(context: Context, large: bool) -> None:
+    """Refuse a flag that the kind of call, of a large picture or of a student, would not read."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is None or source.name == "DEFAULT" or name == "as_json":
+            continue
+        flag = next(p.opts[0] for p in context.command.params if p.name == name).lstrip("-")
+        if large and name not in _ONE_PICTURE | _BOTH:
+            raise ValueError(f"{flag}: not taken together with --picture")
+        if not large and name in _ONE_PICTURE:
+            raise ValueError(f"{flag}: taken only together with --picture")
+
+
+def _judge_picture(
+    picture: Path,
+    images: Path | None,
+    base: Path | None,
+    border: list[int] | None,
+    *,
+    band: int | None,
+    crop: int,
+    n: int,
+    seed: int,
+) -> dict[str, Any]:
+    """{"picture", "height", "width", "scores": {name: number}}, of what the flags allow."""
+    if border and band:
+        raise ValueError("band: give either --border or --band")
+    if images is not None and not images.is_dir():
+        raise ValueError(f"images: {str(images)!r} is not a folder")
+    for name, path in (("picture", picture), ("base", base)):
+        if path is not None and not path.is_file():
+            raise ValueError(f"{name}: {str(path)!r} is not a file")
+    with working(f"judging {picture}"):
+        import numpy as np
+
+        from linfusion.pipelines.pictures import open_picture
+        from linfusion.training import large
+        from linfusion.training.data import image_folder, rgb
+
+        real = []
+        if images is not None:
+            examples = image_folder(images, captions=False, argument="images")
+            for i in range(min(n, len(examples))):  # a crop takes one each, more are not needed
+                with examples[i * len(examples) // min(n, len(examples))].open() as image:
+                    real.append(np.asarray(rgb(image)))
+        pixels = open_picture(picture)
+        small = None if base is None else open_picture(base)
+        scores: dict[str, float] = {}
+        if band:
+            border = list(range(band, len(pixels), band))
+            if not border:
+                raise ValueError(f"band: got {band}, accepted is below the {len(pixels)} rows")
+        if border:
+            scores["seam"] = large.seam_score(pixels, border)
+        if small is not None:
+            scores |= large.consistency(pixels, small)
+        scores["repetition"] = large.repetition_score(pixels)
+        if small is not None:
+            scores["repetition_above_base"] = large.repetition_score(pixels, small)
+        if real:
+            found = large.patch_distances(pixels, real, crop=crop, n=n, seed=seed)
+            scores |= {f"patch_{name}_distance": value for name, value in found.items()}
+    height, width = pixels.shape[:2]
+    return {"picture": str(picture), "height": height, "width": width, "scores": scores}
 
 
 def _figure(value: float | list[float]) -> str:
