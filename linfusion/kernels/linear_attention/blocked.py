@@ -3,8 +3,8 @@
 Two passes. The first adds φ(k)ᵀ v of each block to a float32 state, the second reads each block of
 queries from it. Nothing as long as the tokens is allocated but the output.
 
-Features of a block stand heads first, [b, H, n, D], so that one batched product serves all heads;
-values and outputs keep their own strides and are read and written in place.
+Features of a block are seen heads first, [b, H, n, D], so that one batched product serves all
+heads; queries, keys, values and outputs keep their own strides, read and written in place.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from torch import Tensor
 
 from linfusion.kernels.linear_attention.common import accumulator
 
-BLOCK = 1 << 19  # elements of a block, 2 MB in float32: near L2, and few enough calls
+# Elements of a block: 2 MB in float32, near L2, and few enough calls. Of a short input SHARE blocks,
+# lest scratch outweigh the output, unless they are so small that calls outweigh the work in them.
+BLOCK, SMALL_BLOCK = 1 << 19, 5 << 15
+SHARE = 6
+RUN = 8  # blocks summed in one chain
 # Where bfloat16 products have instructions they take half the time of float32; elsewhere, twice.
 BF16_PRODUCTS = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 LOG2_E = 1 / math.log(2)
@@ -33,21 +37,25 @@ def state_forward(
     k_sum = torch.zeros(batch, heads, dim, dtype=dtype, device=k.device)
     scratch = _scratch(dtype, k, v)
     # Summed in two levels: one long chain of blocks would round worse than one large product.
-    for b, run in _blocks(k, v, run=8):
-        kv_run, k_run = torch.zeros_like(kv[b]), torch.zeros_like(k_sum[b])
-        for _, n in _blocks(k[b, run], v[b, run]):
-            y = _phi(k[b, run][:, n], feature_map, *scratch)  # [b, H, n, D]
+    _, size = _extent(k, v)
+    for b, run in _blocks(k, v, run=RUN):
+        kv_b, k_b, k_run, v_run = kv[b], k_sum[b], k[b, run], v[b, run]
+        alone = k_run.shape[1] == tokens
+        kv_part, k_part = (kv_b, k_b) if alone else (torch.zeros_like(kv_b), torch.zeros_like(k_b))
+        for n in _slices(k_run.shape[1], size):
+            y = _phi(k_run[:, n], feature_map, *scratch)  # [b, H, n, D]
             if key_weight is not None:
                 y *= key_weight[b, run][:, None, n, None]
-            x = _heads_first(v[b, run][:, n], scratch[1])  # [bH, n, E]
-            kv_run.flatten(0, 1).baddbmm_(y.flatten(0, 1).transpose(1, 2), x)
-            k_run += y.sum(2)
-        kv[b] += kv_run
-        k_sum[b] += k_run
+            x = _heads_first(v_run[:, n], scratch[1])  # [bH, n, E]
+            kv_part.flatten(0, 1).baddbmm_(y.flatten(0, 1).transpose(1, 2), x)
+            k_part += y.sum(2)
+        if not alone:
+            kv_b += kv_part
+            k_b += k_part
     if key_weight is None:
         count = torch.full((batch,), tokens, dtype=dtype, device=k.device)
-    else:
-        count = key_weight.sum(1)
+        return kv.div_(tokens), k_sum.div_(tokens), count
+    count = key_weight.sum(1)
     scale = _over(count)
     return kv.mul_(scale[:, None, None, None]), k_sum.mul_(scale[:, None, None]), count
 
@@ -64,58 +72,84 @@ def read_forward(
 ) -> Tensor:
     """What queries [B, N, H, D] read from a state: [B, N, H, E] in `out_dtype`."""
     o = torch.empty(*q.shape[:3], kv.shape[3], dtype=out_dtype, device=q.device)
-    scratch = _scratch(kv.dtype, q, o)
     # Rounding both factors of the last product adds little to rounding o; S and z stay float32.
     narrow = out_dtype == torch.bfloat16 and q.device.type == "cpu" and BF16_PRODUCTS
     s = kv.to(out_dtype) if narrow else kv
+    # Where its features fit, a block of o holds them until it is written.
+    inside = out_dtype == kv.dtype and q.shape[3] <= o.shape[3]
+    spare, *features = _scratch(kv.dtype, q, o, buffers=1 if inside else 2)
     for b, n in _blocks(q, o):
-        y = _phi(q[b, n], feature_map, *scratch)  # [b, H, n, D]
-        x = scratch[1].view(out_dtype)[: y.numel()].view(y.shape) if narrow else y
-        # Scaling the features instead of what they read leaves the product free to write o itself.
+        part = o[b, n]
+        out = part.transpose(1, 2)  # [b, H, n, E]
+        y = _phi(q[b, n], feature_map, part.view(-1) if inside else features[0], spare)
         if normalizer == "none":
-            torch.mul(y, count[b, None, None, None], out=x)
+            z = 1 / count[b, None, None, None]
         else:
-            torch.div(y, _z(y, k_mean[b], normalizer, eps, count[b]), out=x)
-        _product(x, s[b], o[b, n], scratch[1])
+            z = _z(y, k_mean[b], normalizer, eps, count[b])
+        if narrow and len(y) == 1:
+            # Scaling the features instead of what they read leaves the product free to write o.
+            x = spare.view(out_dtype)[: y.numel()].view(y.shape)
+            torch.div(y, z, out=x)
+            torch.bmm(x[0], s[b][0], out=out[0])
+        else:
+            # Only to contiguous memory is a float32 product one call for all heads.
+            x = spare[: out.numel()].view(out.shape)
+            torch.bmm(y.flatten(0, 1), kv[b].flatten(0, 1), out=x.flatten(0, 1))
+            torch.div(x, z, out=out)
     return o
 
 
-def _blocks(*tensors: Tensor, run: int = 1) -> Iterator[tuple[slice, slice]]:
-    """Slices of batch and tokens: `run` blocks of at most BLOCK elements of each [B, N, H, *]."""
+def _extent(*tensors: Tensor) -> tuple[int, int]:
+    """How many sequences and how many tokens of each make a block of [B, N, H, *]."""
     batch, tokens = tensors[0].shape[:2]
-    size = max(1, BLOCK // max(t.shape[2] * t.shape[3] for t in tensors))
-    group = max(1, size // tokens)  # short sequences go several at a time
-    for b in range(0, batch, group):
-        for n in range(0, tokens, size * run):
-            yield slice(b, b + group), slice(n, n + size * run)
+    width = max(t.shape[2] * t.shape[3] for t in tensors)
+    most = min(BLOCK, max(SMALL_BLOCK, batch * tokens * width // SHARE))
+    size = max(1, most // width)
+    blocks = -(-tokens // size)
+    return max(1, size // tokens), -(-tokens // blocks)  # of equal length but for the last
 
 
-def _scratch(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    """Two flat buffers, each long enough for a block of any of the tensors."""
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(i, i + step) for i in range(0, length, step))
+
+
+def _blocks(*tensors: Tensor, run: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Slices of batch and tokens: `run` blocks of each [B, N, H, *]; short sequences together."""
+    batch, tokens = tensors[0].shape[:2]
+    group, size = _extent(*tensors)
+    return ((b, n) for b in _slices(batch, group) for n in _slices(tokens, size * run))
+
+
+def _scratch(dtype: torch.dtype, *tensors: Tensor, buffers: int = 2) -> list[Tensor]:
+    """Flat buffers, each long enough for a block of any of the tensors."""
     b, n = next(_blocks(*tensors))
     size = max(t[b, n].numel() for t in tensors)
-    device = tensors[0].device
-    return torch.empty(size, dtype=dtype, device=device), torch.empty(
-        size, dtype=dtype, device=device
-    )
+    return [torch.empty(size, dtype=dtype, device=tensors[0].device) for _ in range(buffers)]
 
 
 def _phi(x: Tensor, feature_map: str, y: Tensor, t: Tensor) -> Tensor:
     """φ of [b, n, H, D] as [b, H, n, D] in the buffer y; the buffer t is overwritten."""
     b, n, h, d = x.shape
-    y = y[: x.numel()].view(b, h, n, d)
-    t = t[: x.numel()].view(b, n, h, d)
+    # One sequence stays in the order of x, where every step is one contiguous sweep; of several,
+    # batch and heads must be one axis to a batched product.
+    y, t = (
+        u[: x.numel()].view(b, n, h, d).transpose(1, 2)
+        if b == 1
+        else u[: x.numel()].view(b, h, n, d)
+        for u in (y, t)
+    )
+    x = x.transpose(1, 2)
     if x.dtype != y.dtype:
         x = t.copy_(x)
     if feature_map == "identity":
-        return y.copy_(x.transpose(1, 2))
+        return y.copy_(x)
     if feature_map == "relu":
-        return torch.clamp(x.transpose(1, 2), min=0, out=y)
+        return torch.clamp(x, min=0, out=y)
     # exp as exp2, whose float32 kernel takes a third of the time; where φ is not small, x is not
     # large and the rounding of x·log2(e) stays below that of the sum over d.
-    torch.mul(x.transpose(1, 2), LOG2_E, out=y).clamp_(max=0).exp2_()
+    torch.mul(x, LOG2_E, out=y).clamp_(max=0).exp2_()
     torch.clamp(x, min=0, out=t)
-    return y.add_(t.transpose(1, 2))  # exp(min(x, 0)) + max(x, 0)
+    return y.add_(t)  # exp(min(x, 0)) + max(x, 0)
 
 
 def _heads_first(x: Tensor, t: Tensor) -> Tensor:
@@ -123,17 +157,6 @@ def _heads_first(x: Tensor, t: Tensor) -> Tensor:
     if x.dtype != t.dtype:
         x = t[: x.numel()].view(x.shape).copy_(x)
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
-
-
-def _product(y: Tensor, s: Tensor, out: Tensor, t: Tensor) -> None:
-    """Write [b, H, n, D] · [b, H, D, E] to out [b, n, H, E] of any dtype."""
-    if out.shape[0] > 1:
-        out.transpose(1, 2).copy_((y.flatten(0, 1) @ s.flatten(0, 1)).view(*y.shape[:3], -1))
-        return
-    x = out if out.dtype == y.dtype else t[: out.numel()].view(out.shape)
-    torch.bmm(y[0], s[0], out=x[0].transpose(0, 1))
-    if x is not out:
-        out.copy_(x)
 
 
 def _over(count: Tensor) -> Tensor:

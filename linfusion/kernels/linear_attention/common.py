@@ -19,7 +19,8 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast leaves products alone: a half-precision sum is no state."""
-    if not torch.amp.is_autocast_available(device.type):
+    available = torch.amp.is_autocast_available(device.type)
+    if not available or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
