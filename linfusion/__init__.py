@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from linfusion.fuse import fuse, unfuse
     from linfusion.kernels import linear_attention
     from linfusion.linearize import linearize, restore
+    from linfusion.pipelines.highres import HighResPipeline
     from linfusion.summary import summary
     from linfusion.weights import LinFusion
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "HighResPipeline": "linfusion.pipelines.highres",
     "LinFusion": "linfusion.weights",
     "LinFusionProcessor": "linfusion.attention.linfusion",
     "fuse": "linfusion.fuse",
@@ -31,6 +33,7 @@ _HOME = {
 }
 
 __all__ = [
+    "HighResPipeline",
     "LinFusion",
     "LinFusionProcessor",
     "__version__",

@@ -1,0 +1,337 @@
+"""What a run has done so far, in a folder, so that a killed one goes on where it was.
+
+    parameters.json         everything that decides the picture
+    stage-00.safetensors    latents of a finished stage, and the generator's state behind it
+    start-01.safetensors    the latents that a stage starts from
+    step.safetensors        after the last step: latents, generator, what the scheduler remembers
+
+Every file is written under another name, flushed to the disk and renamed. A run that goes on calls
+the pipeline again with a UNet that does nothing for the steps that are done (`Replay`), and then
+puts back what the last of them left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+_VERSION = 1
+
+
+@dataclass
+class Step:
+    """What the last step of a stage left.
+
+    Attributes:
+        stage: index of the stage.
+        number: steps that are done.
+        latents: after them.
+        generator: its state after them.
+        scheduler: its attributes after them.
+    """
+
+    stage: int
+    number: int
+    latents: Tensor
+    generator: Tensor
+    scheduler: dict[str, Any]
+
+
+class State:
+    """The folder of a run; without one, nothing is kept and nothing found.
+
+    Args:
+        folder: made where it is missing; None keeps nothing.
+        parameters: everything that decides the picture, as JSON values.
+        resume: go on with what is there; without it, a folder that holds a run is refused.
+
+    Raises:
+        ValueError: the folder holds a run and `resume` is not set, or a run with other parameters
+            (all that differ are named), or it cannot be written.
+    """
+
+    def __init__(
+        self, folder: str | Path | None, parameters: dict[str, Any], *, resume: bool
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is None:
+            if resume:
+                raise ValueError("resume: got True without state, the folder of the run to resume")
+            return
+        parameters = {"version": _VERSION, **json.loads(json.dumps(parameters))}
+        file = self.folder / "parameters.json"
+        if file.is_file():
+            if not resume:
+                raise ValueError(
+                    f"state: {self.folder} holds a run; pass resume=True to go on with it, or"
+                    " another folder"
+                )
+            _refuse_other(self.folder, json.loads(file.read_text("utf-8")), parameters)
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(file, json.dumps(parameters, indent=2).encode())
+        except OSError as error:
+            raise ValueError(f"state: cannot write to {self.folder} ({error.strerror})") from error
+
+    def finished(self, stage: int) -> tuple[Tensor, Tensor] | None:
+        """Latents of a stage and the generator's state behind it, if it was finished."""
+        found = self._read(f"stage-{stage:02}")
+        return None if found is None else (found[0]["latents"], found[0]["generator"])
+
+    def finish(self, stage: int, latents: Tensor, generator: torch.Generator) -> None:
+        """Keep the latents of a finished stage."""
+        tensors = {"latents": latents, "generator": generator.get_state()}
+        self._save(f"stage-{stage:02}", tensors, {})
+        if self.folder is not None:
+            (self.folder / "step.safetensors").unlink(missing_ok=True)
+
+    def start(self, stage: int) -> Tensor | None:
+        """The latents that a stage starts from, if they are there."""
+        found = self._read(f"start-{stage:02}")
+        return None if found is None else found[0]["latents"]
+
+    def begin(self, stage: int, latents: Tensor) -> None:
+        """Keep the latents that a stage starts from."""
+        self._save(f"start-{stage:02}", {"latents": latents}, {})
+
+    def step(self, stage: int) -> Step | None:
+        """What the last step of this stage left, if there was one."""
+        found = self._read("step")
+        if found is None or found[1]["stage"] != stage:
+            return None
+        tensors, about = found
+        return Step(
+            stage,
+            about["number"],
+            tensors["latents"],
+            tensors["generator"],
+            _unpack(about["scheduler"], tensors),
+        )
+
+    def save_step(
+        self, stage: int, number: int, latents: Tensor, generator: torch.Generator, scheduler: Any
+    ) -> None:
+        """Replace what the step before left."""
+        if self.folder is None:
+            return
+        tensors = {"latents": latents, "generator": generator.get_state()}
+        packed = pack(scheduler, tensors)
+        self._save("step", tensors, {"stage": stage, "number": number, "scheduler": packed})
+
+    def _save(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        if self.folder is None:
+            return
+        # Clones: safetensors refuses tensors that share memory, as schedulers' do.
+        plain = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
+        data = safetensors.torch.save(plain, {"about": json.dumps(about)})
+        _write(self.folder / f"{name}.safetensors", data)
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if self.folder is None or not (file := self.folder / f"{name}.safetensors").is_file():
+            return None
+        with safetensors.safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            return tensors, json.loads(opened.metadata()["about"])
+
+
+class Replay:
+    """Passes quickly over the steps of a stage that are done.
+
+    `skip` goes around the forwards of UNet and ControlNets, `restore` is asked after each step.
+    """
+
+    def __init__(self, step: Step | None) -> None:
+        self.step, self.now = step, 0
+        self.done = 0 if step is None else step.number
+
+    def skip(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """Zeros at once where the step is done."""
+        if self.now >= self.done:
+            return forward(*args, **kwargs)
+        sample = args[0] if args else kwargs["sample"]
+        return (torch.zeros_like(sample),)
+
+    def skip_control(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """No residuals at once where the step is done."""
+        if self.now >= self.done:
+            return forward(*args, **kwargs)
+        sample = args[0] if args else kwargs["sample"]
+        return [], sample.new_zeros(len(sample))
+
+    def restore(self, scheduler: Any, generator: torch.Generator, number: int) -> Tensor | None:
+        """Whether step `number` (from 1) was done before: then the latents to go on with, if it was
+        the last of them."""
+        self.now = number
+        if self.step is None or number != self.done:
+            return None
+        scheduler.__dict__.update(self.step.scheduler)
+        generator.set_state(self.step.generator)
+        return self.step.latents
+
+
+def pack(scheduler: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What a scheduler remembers, as JSON values; its tensors are put into `tensors`.
+
+    Raises:
+        ValueError: it holds something else, such as a random source of its own.
+    """
+
+    def put(value: Any, name: str) -> Any:
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, Tensor):
+            tensors[name] = value
+            return {"tensor": name, "device": str(value.device)}
+        if isinstance(value, (np.ndarray, np.generic)):
+            tensors[name] = torch.from_numpy(np.array(value))
+            return {"array": name}
+        if isinstance(value, (list, tuple)):
+            items = [put(v, f"{name}.{i}") for i, v in enumerate(value)]
+            return {"list" if isinstance(value, list) else "tuple": items}
+        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+            return {"dict": {k: put(v, f"{name}.{k}") for k, v in value.items()}}
+        raise ValueError(
+            f"state: {type(scheduler).__name__} keeps a {type(value).__name__} in"
+            f" {name.partition('.')[2]}, which cannot be saved; accepted are schedulers that draw"
+            " from the pipeline's generator alone"
+        )
+
+    if hasattr(scheduler, "noise_sampler"):  # it is made at the first step
+        put(object(), "scheduler.noise_sampler")
+    kept = {k: v for k, v in scheduler.__dict__.items() if k != "_internal_dict"}
+    return {k: put(v, f"scheduler.{k}") for k, v in kept.items()}
+
+
+def seed_of(folder: str | Path | None) -> int | None:
+    """The seed of the run in a folder, if there is one."""
+    file = None if folder is None else Path(folder) / "parameters.json"
+    if file is None or not file.is_file():
+        return None
+    return json.loads(file.read_text("utf-8")).get("seed")
+
+
+def fingerprint(pipe: Any) -> dict[str, str]:
+    """A digest of each part of a pipeline: configuration, processors, samples of all weights."""
+    found = {}
+    for name, part in pipe.components.items():
+        if part is None or isinstance(part, (str, bool, tuple)):
+            continue
+        digest = hashlib.sha256(type(part).__name__.encode())
+        config = getattr(part, "config", None)
+        if config is not None and hasattr(config, "items"):
+            kept = {k: v for k, v in config.items() if not k.startswith("_")}
+            digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+        if isinstance(part, nn.Module):
+            _digest_weights(part, digest)
+            found[name] = digest.hexdigest()[:16]
+        elif name == "scheduler":
+            found[name] = digest.hexdigest()[:16]
+    return found
+
+
+def digest_of(value: Any) -> Any:
+    """A JSON value as it is; anything else, such as a tensor or a picture, as a digest."""
+    with contextlib.suppress(TypeError, ValueError):
+        return json.loads(json.dumps(value, allow_nan=False))
+    if isinstance(value, (list, tuple)):
+        return [digest_of(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): digest_of(v) for k, v in value.items()}
+    if isinstance(value, Tensor):
+        array: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    else:
+        try:
+            array = np.ascontiguousarray(np.asarray(value))
+        except (TypeError, ValueError):
+            array = np.array(None)
+    if array.dtype == object:
+        return type(value).__qualname__
+    digest = hashlib.sha256(f"{type(value).__name__}{array.shape}".encode())
+    digest.update(array.data)
+    return digest.hexdigest()[:16]
+
+
+def _digest_weights(module: nn.Module, digest: Any) -> None:
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()
+        digest.update(some.view(torch.uint8).numpy().tobytes())
+    processors = getattr(module, "attn_processors", {})
+    for name, processor in processors.items():
+        scale = digest_of(getattr(processor, "scale", None))  # of an IP-Adapter
+        digest.update(f"{name} {type(processor).__name__} {scale}".encode())
+    for name, part in module.named_modules():
+        if isinstance(scaling := getattr(part, "scaling", None), dict):  # of a LoRA
+            digest.update(f"{name} {sorted(scaling.items())}".encode())
+            digest.update(str(getattr(part, "active_adapters", None)).encode())
+
+
+def _unpack(packed: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def get(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        if "tensor" in value:
+            return tensors[value["tensor"]].to(value["device"])
+        if "array" in value:
+            array = tensors[value["array"]].numpy()
+            return array if array.ndim else array[()]
+        if "dict" in value:
+            return {k: get(v) for k, v in value["dict"].items()}
+        items = [get(v) for v in value.get("list", value.get("tuple"))]
+        return items if "list" in value else tuple(items)
+
+    return {k: get(v) for k, v in packed.items()}
+
+
+def _refuse_other(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
+    differing = [
+        f"{name} (there {_brief(there.get(name))}, wanted {_brief(wanted.get(name))})"
+        for name in sorted({*there, *wanted})
+        if there.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"state: {folder} holds a run with other parameters: {'; '.join(differing)}"
+        )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The whole file or none of it."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise OSError(
+            error.errno,
+            f"state: no {len(data):,} bytes could be written to {path} ({error.strerror}); what was"
+            " there is intact, and resume=True goes on from it",
+        ) from error
