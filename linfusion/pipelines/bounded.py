@@ -111,13 +111,7 @@ def bounded(
     """
     models = _models(target)
     weights = sum(_nbytes(m) for m in models)
-    budget = None if memory_budget is None else parse_bytes(memory_budget)
-    band_bytes = BAND_BYTES if budget is None else max(1 << 20, min(BAND_BYTES, budget >> 7))
-    limit = None if budget is None else budget - weights - _BANDS_AT_ONCE * band_bytes
-    if limit is not None and limit <= 0:
-        raise ValueError(
-            f"memory_budget: got {budget:,} bytes; the weights alone take {weights:,}"
-        )
+    band_bytes, limit = _share(memory_budget, weights)
     folder = None if scratch is None else Path(scratch)
     if folder is not None and not folder.is_dir():
         raise ValueError(f"scratch: there is no folder {folder}")
@@ -134,7 +128,7 @@ def bounded(
 
 
 def decode_rows(
-    vae: nn.Module,
+    vae: Any,
     latents: Tensor,
     *,
     memory_budget: int | str | None = None,
@@ -162,17 +156,21 @@ def decode_rows(
     with torch.no_grad(), _without_tiling(vae):
         source = engine.wrap(latents.to(vae.dtype))
         node = vae.decode(source, return_dict=False)[0].node
-    for start, stop in engine.bands(node):
-        with torch.no_grad():
-            band = engine.evaluate([node], start, stop)[0][0]
-        pixels = (band.float() / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+    bands = engine.passes(node)
+    while True:
+        with torch.no_grad():  # not while the caller holds the band
+            found = next(bands, None)
+        if found is None:
+            break
+        _, _, (band,) = found
+        pixels = (band[0].float() / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
         yield pixels.permute(1, 2, 0).cpu().numpy()
     if ledger is not None:
         ledger.add(engine)
 
 
 def encode_rows(
-    vae: nn.Module,
+    vae: Any,
     picture: np.ndarray,
     *,
     memory_budget: int | str | None = None,
@@ -199,7 +197,7 @@ def encode_rows(
     config = vae.config
     engine = _vae_engine(vae, memory_budget, dry)
 
-    def pixels(start: int, stop: int, pull: Any) -> Tensor:
+    def pixels(start: int, stop: int, bands: list[Tensor]) -> Tensor:
         band = torch.from_numpy(np.ascontiguousarray(picture[start:stop]))
         band = band.to(vae.device).permute(2, 0, 1)[None]
         return (band.float() / 127.5 - 1).to(vae.dtype)
@@ -217,7 +215,7 @@ def encode_rows(
 
 
 def _banded(
-    model: nn.Module,
+    model: Any,
     forward: Callable[..., Any],
     new_engine: Callable[..., Engine],
     ledger: Ledger,
@@ -307,15 +305,24 @@ def _joined(outputs: list[Any]) -> Any:
     return tree_unflatten(joined, trees[0])
 
 
-def _vae_engine(vae: nn.Module, memory_budget: int | str | None, dry: bool) -> Engine:
-    budget = None if memory_budget is None else parse_bytes(memory_budget)
-    band_bytes = BAND_BYTES if budget is None else max(1 << 20, min(BAND_BYTES, budget >> 7))
-    limit = None if budget is None else budget - _nbytes(vae) - _BANDS_AT_ONCE * band_bytes
-    if limit is not None and limit <= 0:
+def _vae_engine(vae: Any, memory_budget: int | str | None, dry: bool) -> Engine:
+    band_bytes, limit = _share(memory_budget, _nbytes(vae))
+    return Engine(Store(limit, recompute=True, dry=dry), band_bytes=band_bytes, dry=dry)
+
+
+def _share(memory_budget: int | str | None, weights: int) -> tuple[int, int | None]:
+    """Bytes of the widest tensor of a band, and what the budget leaves for whole tensors."""
+    if memory_budget is None:
+        return BAND_BYTES, None
+    budget = parse_bytes(memory_budget)
+    band_bytes = min(BAND_BYTES, max(1 << 20, budget >> 7))
+    limit = budget - weights - _BANDS_AT_ONCE * band_bytes
+    if limit <= 0:
         raise ValueError(
-            f"memory_budget: got {budget:,} bytes; the VAE's weights alone take {_nbytes(vae):,}"
+            f"memory_budget: got {budget:,} bytes; the weights take {weights:,} and one band of"
+            f" rows {_BANDS_AT_ONCE * band_bytes:,}"
         )
-    return Engine(Store(limit, dry=dry), band_bytes=band_bytes, dry=dry)
+    return band_bytes, limit
 
 
 @contextlib.contextmanager
@@ -329,7 +336,7 @@ def _without_tiling(vae: Any) -> Iterator[None]:
 
 
 def _models(target: Any) -> list[Any]:
-    parts = [target] if isinstance(target, nn.Module) else []
+    parts: list[Any] = [target] if isinstance(target, nn.Module) else []
     if not parts:
         parts = [getattr(target, name, None) for name in ("unet", "controlnet")]
         parts = [m for part in parts if part is not None for m in getattr(part, "nets", [part])]

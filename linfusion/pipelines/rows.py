@@ -1,10 +1,11 @@
 """Tensors that stand for rows still to be computed, so that a stock forward runs in bands.
 
-A UNet, ControlNet or VAE runs unchanged on `Rows`. Every operation on them (`rules.py`) makes a node
-that knows how to compute a run of its rows from runs of its parents' rows. What has to be whole (the
-input of a convolution, which other rows of the result need again; of a group norm) is computed band
-by band into one tensor; everything between two such tensors is never longer than a band: normalised
-inputs, concatenated skips, upsampled pictures, keys, values, hidden layers of feed-forwards.
+A UNet, ControlNet or VAE runs unchanged on `Rows`. Every operation on them (`rules.py`) makes a
+node that knows how to compute a run of its rows from runs of its parents' rows. What has to be
+whole (the input of a convolution, which other rows of the result need again; of a group norm) is
+computed band by band into one tensor; everything between two such tensors is never longer than a
+band: normalised inputs, concatenated skips, upsampled pictures, keys, values, hidden layers of
+feed-forwards.
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ from linfusion.pipelines.store import Store, Whole
 
 BAND_BYTES = 1 << 26  # of the widest tensor of a band
 
-METADATA = frozenset(
-    "shape dtype device ndim is_cuda is_meta is_sparse is_quantized is_nested layout requires_grad"
-    " size dim numel nelement is_floating_point is_complex element_size __len__ grad_fn is_leaf"
-    .split()
-)
+# fmt: off
+METADATA = frozenset([
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda",
+    "is_meta", "is_sparse", "is_quantized", "is_nested", "size", "dim", "numel", "nelement",
+    "element_size", "is_floating_point", "is_complex", "__len__",
+])
+# fmt: on
 
 # Name of a torch function -> (func, *args, **kwargs) -> result, or NotImplemented.
 RULES: dict[str, Callable[..., Any]] = {}
-
-Memo = dict[tuple[int, int, int], Tensor]
-Pull = Callable[["Node", int, int], Tensor]
 
 
 class Engine:
@@ -55,39 +55,34 @@ class Engine:
         """A picture [B, C, H, W], or its tokens with `axis` 1, as Rows."""
         return Rows(Node.leaf(self, self.store.keep(tensor, axis, 1)))
 
-    def evaluate(self, nodes: Sequence[Node], start: int, stop: int) -> list[Tensor]:
-        """The same rows of several nodes, what they share computed once."""
-        memo: Memo = {}
+    def passes(self, *nodes: Node) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """The rows of `nodes`, all alike, in bands: (start, stop, a tensor of each).
 
-        def pull(node: Node, start: int, stop: int) -> Tensor:
-            key = (id(node), start, stop)
-            if key not in memo:
-                memo[key] = node.rows(start, stop, pull)
-            return memo[key]
-
-        return [pull(node, start, stop) for node in nodes]
-
-    def bands(self, *nodes: Node) -> Iterator[tuple[int, int]]:
-        """Runs of rows of which the widest tensor has about `band_bytes`; counts one pass."""
+        In a band the widest tensor has about `band_bytes`, and what several nodes need is computed
+        once. A dry run counts the work and yields nothing.
+        """
+        order = _consumers_first(nodes)
         lines = nodes[0].lines
         widest = 1
-        for node in pending_ancestors(nodes):
-            self.flops += node.flops
-            widest = max(widest, node.nbytes // lines)
+        for node in order:
+            if node.value is None:
+                self.flops += node.flops
+                widest = max(widest, node.nbytes // lines)
+        if self.dry:
+            return
         rows = max(1, min(lines, self.band_bytes // widest))
-        if not self.dry:
-            count = -(-lines // rows)
-            rows = -(-lines // count)  # bands of one size rather than a short last one
-            for start in range(0, lines, rows):
-                yield start, min(start + rows, lines)
+        rows = -(-lines // -(-lines // rows))  # bands of one size rather than a short last one
+        for start in range(0, lines, rows):
+            stop = min(start + rows, lines)
+            yield start, stop, _evaluate(nodes, order, start, stop)
 
     def realise(self, node: Node) -> None:
         """Compute a node whole, unless it is."""
         if node.value is not None:
             return
         value = self.store.new(node.shape, node.axis, node.line, node.dtype, node.device)
-        for start, stop in self.bands(node):
-            value.write(start, self.evaluate([node], start, stop)[0])
+        for start, _, (band,) in self.passes(node):
+            value.write(start, band)
         node.become(value)
 
     def settle(self, node: Node) -> None:
@@ -106,8 +101,8 @@ class Engine:
             self.realise(node)
 
     def settle_common(self, first: Sequence[Node], second: Sequence[Node]) -> None:
-        """Settle what both groups wait for, when they are going to be computed in separate passes."""
-        shared = {id(n) for n in pending_ancestors(first)}
+        """Settle what both groups wait for, when they will be computed in separate passes."""
+        shared = {id(n) for n in _consumers_first(first) if n.value is None}
         todo, seen = list(second), set()
         while todo:
             node = todo.pop()
@@ -137,7 +132,8 @@ class Node:
         axis: the axis that rows run along.
         line: entries of that axis in a row of the picture: 1 in [B, C, H, W], W in [B, N, C].
         parents: what it is computed from.
-        compute: (start, stop, pull) -> those rows, where pull(parent, start, stop) gives a parent's.
+        compute: (start, stop, the parents' rows) -> those rows.
+        needs: (start, stop) -> the rows that takes of every parent; None for the same.
         flops: of products, for the whole; 0 marks it cheap enough to be computed again.
         expands: whether it is larger than what it is made of, so that it is not worth keeping.
     """
@@ -152,22 +148,21 @@ class Node:
         axis: int,
         line: int,
         parents: Sequence[Node] = (),
-        compute: Callable[[int, int, Pull], Tensor] | None = None,
+        compute: Callable[[int, int, list[Tensor]], Tensor] | None = None,
+        needs: Callable[[int, int], tuple[int, int]] | None = None,
         flops: int = 0,
         expands: bool = False,
     ) -> None:
         self.engine, self.shape, self.dtype, self.device = engine, tuple(shape), dtype, device
         self.axis, self.line = axis, line
         self.lines = self.shape[axis] // line
-        self.parents, self.compute = tuple(parents), compute
+        self.parents, self.compute, self.needs = tuple(parents), compute, needs
         self.flops, self.expands = flops, expands
         self.value: Whole | None = None
 
     @classmethod
     def leaf(cls, engine: Engine, value: Whole) -> Node:
-        node = cls(
-            engine, value.shape, value.dtype, value.device, axis=value.axis, line=value.line
-        )
+        node = cls(engine, value.shape, value.dtype, value.device, axis=value.axis, line=value.line)
         node.value = value
         return node
 
@@ -180,27 +175,59 @@ class Node:
         """Whether rows of it cost products or convolutions."""
         return self.value is None and (self.flops > 0 or any(p.pending for p in self.parents))
 
-    def rows(self, start: int, stop: int, pull: Pull) -> Tensor:
-        if self.value is not None:
-            return self.value.rows(start, stop)
-        assert self.compute is not None
-        return self.compute(start, stop, pull)
-
     def become(self, value: Whole) -> None:
         """Hold what was computed, and let go of what it was computed from."""
         self.value, self.parents, self.compute = value, (), None
 
 
-def pending_ancestors(nodes: Sequence[Node]) -> list[Node]:
-    """`nodes` and what they are computed from, up to tensors that are there; each once."""
-    found: dict[int, Node] = {}
-    todo = [node for node in nodes if node.value is None]
+def _consumers_first(nodes: Sequence[Node]) -> list[Node]:
+    """`nodes` and all they are computed from, each once and after all that read it."""
+    order: list[Node] = []
+    seen: set[int] = set()
+    todo: list[tuple[Node, bool]] = [(node, False) for node in nodes]
     while todo:
-        node = todo.pop()
-        if id(node) not in found:
-            found[id(node)] = node
-            todo.extend(p for p in node.parents if p.value is None)
-    return list(found.values())
+        node, left = todo.pop()
+        if left:
+            order.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            todo.append((node, True))
+            todo.extend((parent, False) for parent in node.parents)
+    return order[::-1]
+
+
+def _evaluate(nodes: Sequence[Node], order: Sequence[Node], start: int, stop: int) -> list[Tensor]:
+    """Rows start to stop of `nodes`: first what that takes of each node, then each of them once."""
+    wanted = {id(node): (start, stop) for node in nodes}
+    readers = dict.fromkeys(wanted, 1)  # what is asked for stays
+    for node in order:
+        low, high = wanted[id(node)] if node.needs is None else node.needs(*wanted[id(node)])
+        for parent in node.parents:
+            a, b = wanted.get(id(parent), (low, high))
+            wanted[id(parent)] = min(a, low), max(b, high)
+            readers[id(parent)] = readers.get(id(parent), 0) + 1
+    found: dict[int, Tensor] = {}
+    for node in reversed(order):
+        low, high = wanted[id(node)]
+        if node.value is not None:
+            found[id(node)] = node.value.rows(low, high)
+            continue
+        assert node.compute is not None
+        a, b = (low, high) if node.needs is None else node.needs(low, high)
+        bands = []
+        for parent in node.parents:
+            first = wanted[id(parent)][0]
+            band = found[id(parent)]
+            offset, size = (a - first) * parent.line, (b - a) * parent.line
+            bands.append(band.narrow(parent.axis, offset, size))
+            readers[id(parent)] -= 1
+            if not readers[id(parent)]:
+                del found[id(parent)]
+        found[id(node)] = node.compute(low, high, bands)
+    return [
+        found[id(n)].narrow(n.axis, (start - wanted[id(n)][0]) * n.line, (stop - start) * n.line)
+        for n in nodes
+    ]
 
 
 class Rows(torch.Tensor):
@@ -234,12 +261,12 @@ class Rows(torch.Tensor):
         return _on_whole(func, name, args, kwargs) if result is NotImplemented else result
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         raise NotImplementedError(f"{func}: reached rows that are still to be computed")
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = "pending" if self.node.pending else "ready"
         return f"Rows({list(self.node.shape)}, {self.node.dtype}, {state})"
 
@@ -283,10 +310,10 @@ def map_rows(
                     cut.append((i, dim))
     template = [None if isinstance(a, Rows) else a for a in flat]
 
-    def compute(start: int, stop: int, pull: Pull) -> Tensor:
-        values = list(template)
-        for i, parent in zip(places, parents, strict=True):
-            values[i] = pull(parent, start, stop)
+    def compute(start: int, stop: int, bands: list[Tensor]) -> Tensor:
+        values: list[Any] = list(template)
+        for i, band in zip(places, bands, strict=True):
+            values[i] = band
         for i, dim in cut:
             values[i] = values[i].narrow(dim, start * line, (stop - start) * line)
         band_args, band_kwargs = tree_unflatten(values, tree)
@@ -312,15 +339,15 @@ def map_rows(
 def _meta(tensor: Tensor) -> Tensor:
     if isinstance(tensor, Rows):
         return torch.empty(tensor.node.shape, dtype=tensor.node.dtype, device="meta")
-    return torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-    )
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _on_whole(func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Run what has no rule on whole tensors: right, but not bounded."""
     if name.endswith("_") and not name.endswith("__"):
-        raise NotImplementedError(f"{name}: rows that are still to be computed cannot be written to")
+        raise NotImplementedError(
+            f"{name}: rows that are still to be computed cannot be written to"
+        )
     flat, tree = tree_flatten((args, kwargs))
     for i, a in enumerate(flat):
         if isinstance(a, Rows):

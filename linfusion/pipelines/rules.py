@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linfusion.kernels import LinearState, linear_read, linear_state
-from linfusion.pipelines.rows import RULES, Node, Pull, Rows, map_rows
+from linfusion.pipelines.rows import RULES, Node, Rows, map_rows
 
-POINTWISE = """
-    add sub rsub mul div true_divide neg abs exp pow square sqrt rsqrt clamp sigmoid tanh relu silu
-    gelu leaky_relu softplus hardswish mish elu
-    __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __neg__ __pow__
-""".split()
+# fmt: off
+POINTWISE = [
+    "add", "sub", "rsub", "mul", "div", "true_divide", "neg", "abs", "exp", "pow", "square", "sqrt",
+    "rsqrt", "clamp", "sigmoid", "tanh", "relu", "silu", "gelu", "leaky_relu", "softplus", "mish",
+    "hardswish", "elu", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__",
+    "__truediv__", "__neg__", "__pow__",
+]
+# fmt: on
 CASTS = ["to", "type", "float", "half", "bfloat16", "double", "type_as"]
 AS_IT_IS = ["contiguous", "clone", "detach"]
 
@@ -208,8 +211,11 @@ def _conv2d(
     if reach:
         node.engine.settle(node)
 
-    def compute(start: int, stop: int, pull: Pull) -> Tensor:
-        band = _padded(node, start * sy - py, (stop - 1) * sy - py + reach + 1, pull)
+    def read(start: int, stop: int) -> tuple[int, int]:
+        return start * sy - py, (stop - 1) * sy - py + reach + 1
+
+    def compute(start: int, stop: int, bands: list[Tensor]) -> Tensor:
+        band = _padded(bands[0], node, *read(start, stop))
         return F.conv2d(band, weight, bias, (sy, sx), (0, px), (dy, dx), groups)
 
     shape = (node.shape[0], weight.shape[0], *out)
@@ -223,6 +229,7 @@ def _conv2d(
             line=1,
             parents=(node,),
             compute=compute,
+            needs=lambda start, stop: _inside(node, *read(start, stop)),
             flops=2 * math.prod(shape) * math.prod(weight.shape[1:]),
         )
     )
@@ -236,8 +243,8 @@ def _pad(func: Any, x: Rows, pad: Sequence[int], mode: str = "constant", value: 
     left, right, top, bottom = pad
     batch, channels, height, width = node.shape
 
-    def compute(start: int, stop: int, pull: Pull) -> Tensor:
-        return F.pad(_padded(node, start - top, stop - top, pull), (left, right))
+    def compute(start: int, stop: int, bands: list[Tensor]) -> Tensor:
+        return F.pad(_padded(bands[0], node, start - top, stop - top), (left, right))
 
     return Rows(
         Node(
@@ -249,19 +256,23 @@ def _pad(func: Any, x: Rows, pad: Sequence[int], mode: str = "constant", value: 
             line=1,
             parents=(node,),
             compute=compute,
+            needs=lambda start, stop: _inside(node, start - top, stop - top),
             expands=True,
         )
     )
 
 
-def _padded(node: Node, start: int, stop: int, pull: Pull) -> Tensor:
-    """Rows start to stop of a picture, zeros where they lie outside it."""
+def _inside(node: Node, start: int, stop: int) -> tuple[int, int]:
+    """Those of the rows start to stop that a picture has; at least one of its rows."""
+    low = min(max(start, 0), node.lines - 1)
+    return low, max(low + 1, min(stop, node.lines))
+
+
+def _padded(band: Tensor, node: Node, start: int, stop: int) -> Tensor:
+    """Rows start to stop of a picture, zeros where they lie outside it, from those inside."""
     low, high = max(start, 0), min(stop, node.lines)
     if low >= high:
-        return torch.zeros(
-            *node.shape[:2], stop - start, node.shape[3], dtype=node.dtype, device=node.device
-        )
-    band = pull(node, low, high)
+        return band.new_zeros(*band.shape[:2], stop - start, band.shape[3])
     return F.pad(band, (0, 0, low - start, stop - high)) if high - low < stop - start else band
 
 
@@ -287,13 +298,14 @@ def _interpolate(
         for n, m, s in zip(node.shape[2:], shape[2:], scales, strict=True)
     )
 
-    def compute(start: int, stop: int, pull: Pull) -> Tensor:
-        wanted = ys[start:stop]
-        low, high = int(wanted[0]), int(wanted[-1]) + 1
-        band = pull(node, low, high)
+    def read(start: int, stop: int) -> tuple[int, int]:
+        return int(ys[start]), int(ys[stop - 1]) + 1
+
+    def compute(start: int, stop: int, bands: list[Tensor]) -> Tensor:
+        (band,), (low, high) = bands, read(start, stop)
         if 2 * (high - low) == stop - start and shape[3] == 2 * node.shape[3] and not start % 2:
             return F.interpolate(band, scale_factor=2.0)
-        return band.index_select(2, wanted - low).index_select(3, xs)
+        return band.index_select(2, ys[start:stop] - low).index_select(3, xs)
 
     return Rows(
         Node(
@@ -305,6 +317,7 @@ def _interpolate(
             line=1,
             parents=(node,),
             compute=compute,
+            needs=read,
             expands=True,
         )
     )
@@ -362,8 +375,7 @@ def _moments(node: Node, groups: int) -> tuple[Tensor, Tensor]:
         torch.zeros(batch, groups, dtype=torch.float64, device=node.device) for _ in range(2)
     )
     seen = 0
-    for start, stop in node.engine.bands(node):
-        band = node.engine.evaluate([node], start, stop)[0]
+    for _, _, (band,) in node.engine.passes(node):
         split = band.unflatten(1, (groups, -1))
         dims = tuple(range(2, split.ndim))
         work = split.float() if split.dtype in (torch.float16, torch.bfloat16) else split
@@ -400,7 +412,7 @@ def _attention(
     pixels = [t.node for t in (key, value) if isinstance(t, Rows)]
     engine.settle_common([query.node], pixels)
     key, value = (engine.whole(t) if isinstance(t, Rows) else t for t in (key, value))
-    options = {"attn_mask": attn_mask, "scale": scale, "enable_gqa": enable_gqa}
+    options: dict[str, Any] = {"attn_mask": attn_mask, "scale": scale, "enable_gqa": enable_gqa}
     if key.is_meta:  # a dry run: keys of pixels were not computed
 
         def attend(q: Tensor) -> Tensor:
@@ -418,7 +430,7 @@ def _attention(
 
 @rule("linear_attention")
 def _linear_attention(
-    func: Any, q: Tensor, k: Tensor, v: Tensor, *, key_weight: Tensor | None = None, **options: Any
+    func: Any, q: Any, k: Any, v: Any, *, key_weight: Tensor | None = None, **options: Any
 ) -> Any:
     if not all(isinstance(t, Rows) and t.node.axis == 1 for t in (q, k, v)):
         return NotImplemented
@@ -428,8 +440,7 @@ def _linear_attention(
     engine.settle_common([q.node], [k.node, v.node])
     state: LinearState | None = None
     normalizer, eps = options.pop("normalizer"), options.pop("eps")
-    for start, stop in engine.bands(k.node, v.node):
-        keys, values = engine.evaluate([k.node, v.node], start, stop)
+    for start, stop, (keys, values) in engine.passes(k.node, v.node):
         piece = None if key_weight is None else key_weight[:, start * line : stop * line]
         part = linear_state(keys, values, key_weight=piece, **options)
         state = part if state is None else state.merge(part)
@@ -438,6 +449,7 @@ def _linear_attention(
     def read(t: Tensor) -> Tensor:
         if t.is_meta:
             return t.new_empty(*t.shape[:-1], width, dtype=dtype)
+        assert state is not None
         return linear_read(t, state, normalizer=normalizer, eps=eps, **options).to(dtype)
 
     dim = q.node.shape[-1]
@@ -450,7 +462,7 @@ def _is_picture(node: Node) -> bool:
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
-    return tuple(value) if isinstance(value, Sequence) else (value, value)  # type: ignore[return-value]
+    return tuple(value) if isinstance(value, Sequence) else (value, value)
 
 
 def _ints(values: Sequence[Any]) -> list[int]:

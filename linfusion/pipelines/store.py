@@ -21,20 +21,29 @@ class Store:
     Args:
         limit: bytes of whole tensors kept in memory at once; None for no limit.
         scratch: folder for what does not fit; None keeps all in memory.
+        recompute: whether what does not fit is rather not kept, but computed where it is wanted.
         dry: count only; nothing is allocated.
+
+    Attributes:
+        live, peak: bytes in memory, now and at most; on_disk, peak_on_disk likewise.
     """
 
     def __init__(
-        self, limit: int | None = None, scratch: str | Path | None = None, *, dry: bool = False
+        self,
+        limit: int | None = None,
+        scratch: str | Path | None = None,
+        *,
+        recompute: bool = False,
+        dry: bool = False,
     ) -> None:
-        self.limit, self.dry = limit, dry
+        self.limit, self.recompute, self.dry = limit, recompute, dry
         self.scratch = None if scratch is None else Path(scratch)
         self.live = self.peak = self.on_disk = self.peak_on_disk = 0
         self._used: OrderedDict[int, weakref.ref[Whole]] = OrderedDict()
 
     def fits(self, nbytes: int) -> bool:
-        """Whether a tensor of that size can be kept at all."""
-        return self.limit is None or self.scratch is not None or self.live + nbytes <= self.limit
+        """Whether a tensor of that size is to be kept."""
+        return self.limit is None or not self.recompute or self.live + nbytes <= self.limit
 
     def new(
         self, shape: tuple[int, ...], axis: int, line: int, dtype: torch.dtype, device: torch.device
