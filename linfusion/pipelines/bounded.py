@@ -346,6 +346,14 @@ def _models(target: Any) -> list[Any]:
             f"target: got {type(target).__name__}; accepted is a pipeline with a UNet, a UNet or a"
             " ControlNet"
         )
+    for model in known:
+        for name, part in model.named_modules():
+            if name and (hasattr(part, "_hf_hook") or getattr(part, "_diffusers_hook", None)):
+                raise ValueError(
+                    f"target: the layer {name} of {type(model).__name__} has a hook of sequential or"
+                    " group offloading, layerwise casting or a cache, which moves or skips what rows"
+                    " still need; accepted are models without, or with model offloading"
+                )
     return known
 
 

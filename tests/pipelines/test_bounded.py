@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionPAGPipeline,
 )
+from diffusers.hooks import apply_layerwise_casting
 
 import linfusion
 from linfusion.pipelines import bounded as module
@@ -297,6 +298,13 @@ def test_a_scratch_folder_must_be_there(tmp_path):
         pytest.raises(ValueError, match="scratch: there is no folder"),
         bounded(tiny_unet(), scratch=tmp_path / "nowhere"),
     ):
+        pass
+
+
+def test_weights_that_come_and_go_are_refused():
+    unet = tiny_unet()
+    apply_layerwise_casting(unet, torch.float8_e4m3fn, torch.float32)
+    with pytest.raises(ValueError, match="target: the layer .* has a hook of"), bounded(unet):
         pass
 
 
