@@ -348,11 +348,12 @@ def _models(target: Any) -> list[Any]:
         )
     for model in known:
         for name, part in model.named_modules():
-            if name and (hasattr(part, "_hf_hook") or getattr(part, "_diffusers_hook", None)):
+            hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", None)
+            if name and (hooks or hasattr(part, "_hf_hook")):
                 raise ValueError(
-                    f"target: the layer {name} of {type(model).__name__} has a hook of sequential or"
-                    " group offloading, layerwise casting or a cache, which moves or skips what rows"
-                    " still need; accepted are models without, or with model offloading"
+                    f"target: the layer {name} of {type(model).__name__} has a hook of sequential"
+                    " or group offloading, layerwise casting or a cache, which moves or skips what"
+                    " rows still need; accepted are models without, or with model offloading"
                 )
     return known
 

@@ -304,7 +304,7 @@ def test_a_scratch_folder_must_be_there(tmp_path):
 def test_weights_that_come_and_go_are_refused():
     unet = tiny_unet()
     apply_layerwise_casting(unet, torch.float8_e4m3fn, torch.float32)
-    with pytest.raises(ValueError, match="target: the layer .* has a hook of"), bounded(unet):
+    with pytest.raises(ValueError, match=r"target: the layer .* has a hook of"), bounded(unet):
         pass
 
 
