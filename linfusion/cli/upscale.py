@@ -1,0 +1,186 @@
+"""`linfusion upscale`: a prompt, or a picture, to a picture of any size."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from typer import Argument, Option
+
+from linfusion.cli import load
+from linfusion.cli.console import Json, check_writable, emit_json, emit_table, say, working
+from linfusion.cli.generate import check_length, check_prompts
+from linfusion.cli.size import choose_size
+
+if TYPE_CHECKING:
+    from linfusion.pipelines.plan import Plan
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+
+
+def upscale(
+    prompt: Annotated[str, Argument(help="What to draw, or what the picture shows.")],
+    size: Annotated[
+        str | None, Option(metavar="WxH", help="In pixels, e.g. 16384 or 4096x8192.")
+    ] = None,
+    height: Annotated[int | None, Option(help="In pixels, instead of --size.")] = None,
+    width: Annotated[int | None, Option(help="In pixels, instead of --size.")] = None,
+    output: Annotated[
+        Path, Option("--output", "-o", help="A .png, .tif or .jpg file; a preview lies beside it.")
+    ] = Path("upscaled.png"),
+    image: Annotated[
+        Path | None, Option(help="Start from this picture instead of drawing one.")
+    ] = None,
+    control_image: Annotated[
+        str | None,
+        Option(help='For the model\'s ControlNet: a file, or "previous" (tile ControlNets).'),
+    ] = None,
+    strategy: Annotated[
+        Literal["sdedit", "guided", "superres"], Option(help="What later stages do.")
+    ] = "sdedit",
+    strength: Annotated[
+        list[float] | None,
+        Option(help="Noise of a stage, in (0, 1]; repeat for each stage, the last one goes on."),
+    ] = None,
+    base_size: Annotated[
+        str | None, Option(metavar="WxH", help="Of the first stage; the model's own if absent.")
+    ] = None,
+    factor: Annotated[float, Option(help="From one stage to the next.")] = 2.0,
+    memory_budget: Annotated[
+        str | None, Option(metavar="BYTES", help="What the model may take, e.g. 12GB.")
+    ] = None,
+    scratch: Annotated[
+        Path | None, Option(metavar="DIR", help="Folder for what does not fit into the budget.")
+    ] = None,
+    state: Annotated[
+        Path | None, Option(metavar="DIR", help="Folder that keeps what is done.")
+    ] = None,
+    resume: Annotated[
+        bool, Option("--resume", help="Go on with the run in --state, if there is one.")
+    ] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Only say what it takes: memory, disk, time.")
+    ] = False,
+    model: load.ModelOption = load.DEFAULT_MODEL,
+    weights: load.WeightsOption = None,
+    method: load.MethodOption = "linfusion",
+    softmax: Annotated[
+        bool, Option("--softmax", help="The model as it is, with softmax attention.")
+    ] = False,
+    negative_prompt: Annotated[str | None, Option(help="What not to draw.")] = None,
+    steps: Annotated[
+        int | None, Option("--num-inference-steps", "--steps", help="Denoising steps.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, Option(help="Strength of the prompt (classifier-free guidance).")
+    ] = None,
+    seed: Annotated[
+        int | None, Option(min=0, max=2**63 - 1, help="Of all noise; random if absent.")
+    ] = None,
+    dtype: load.DtypeOption = "auto",
+    variant: load.VariantOption = None,
+    revision: load.RevisionOption = None,
+    token: load.TokenOption = None,
+    device_map: load.DeviceMapOption = None,
+    lora: Annotated[
+        list[str] | None,
+        Option(metavar="JSON", help='{"lora_id": ..., "lora_scale": 1.0}; repeat to stack.'),
+    ] = None,
+    pipeline_kwargs: Annotated[
+        str | None, Option(metavar="JSON", help="More arguments of the pipeline's call.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw or enlarge a picture, stage by stage, up to 16K and within a memory budget.
+
+    For example: linfusion upscale "a red heart" --size 16384 --memory-budget 12GB --state run
+    """
+    check_prompts([prompt])
+    pixels = choose_size(size, height, width)
+    if None in pixels:
+        raise ValueError("size: missing; accepted is --size, or --height and --width")
+    base = choose_size(base_size, None, None) if base_size else None
+    if resume and state is None:
+        raise ValueError("resume: needs --state, the folder of the run to go on with")
+    if softmax and weights:
+        raise ValueError("--softmax: takes no --weights")
+    if output.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"output: {str(output)!r}; accepted are {', '.join(_SUFFIXES)}")
+    call: dict[str, Any] = {
+        "height": pixels[0],
+        "width": pixels[1],
+        "base_size": base,
+        "factor": factor,
+        "image": image,
+        "control_image": control_image,
+        "strategy": strategy,
+        "strengths": strength,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "output": output,
+    }
+    call = {name: value for name, value in call.items() if value is not None}
+    call |= load.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
+    loras = load.parse_lora(lora)
+    load.check_model(model)
+    check_writable("output", output.parent)
+
+    import torch
+
+    import linfusion
+    from linfusion.pipelines.bounded import parse_bytes
+
+    if memory_budget is not None:
+        parse_bytes(memory_budget)
+    with working(f"loading {model}"):
+        pipe = load.load_pipeline(
+            model,
+            dtype=dtype,
+            variant=variant,
+            revision=revision,
+            token=token,
+            device_map=device_map,
+        )
+        for text in [prompt, *([negative_prompt] if negative_prompt else [])]:
+            check_length(pipe, text)
+        if not softmax:
+            linfusion.linearize(pipe, method, weights=load.find_weights(pipe, model, weights))
+        load.optimize(
+            pipe,
+            lora=loras,
+            cpu_offload=None,
+            device_map=device_map,
+            attention_backend=None,
+            vae_tiling=False,
+            vae_slicing=False,
+            compile_blocks=False,
+        )
+        highres = linfusion.HighResPipeline(pipe, memory_budget=memory_budget, scratch=scratch)
+        if dry_run:
+            plan = highres.plan(prompt, **call)
+        else:
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            begun = time.perf_counter()
+            made = highres(prompt, generator=generator, state=state, resume=resume, **call)
+            seconds = round(time.perf_counter() - begun, 3)
+            say(f"{pixels[1]}x{pixels[0]} in {seconds:.1f} s")
+    if dry_run:
+        _show(plan, as_json)
+    elif as_json:
+        from linfusion.pipelines.pictures import read_parameters
+
+        about = {"path": str(made.path), "seconds": seconds, "width": pixels[1]}
+        emit_json({**about, "height": pixels[0], **read_parameters(made.path)})
+    else:
+        print(made.path)
+
+
+def _show(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        emit_json(plan.to_dict())
+        return
+    heading, *rows = plan.rows()
+    emit_table(heading, rows, title="Plan")
+    print(*plan.notes(), sep="\n")
