@@ -17,11 +17,12 @@ from torch import Tensor
 
 from linfusion.kernels.linear_attention.common import accumulator
 
-# Elements of a block: 2 MB in float32, near L2, and few enough calls. Of a short input SHARE blocks,
-# lest scratch outweigh the output, unless they are so small that calls outweigh the work in them.
-BLOCK, SMALL_BLOCK = 1 << 19, 5 << 15
-SHARE = 6
-RUN = 8  # blocks summed in one chain
+# Elements of a block: 2 MB in float32, near L2, and few enough calls. A short input is cut in SHARE
+# blocks, lest scratch outweigh the output, but not so small that calls outweigh the work in them.
+BLOCK, SMALL_BLOCK, SHARE = 1 << 19, 5 << 15, 6
+# Sums of products have three levels, of CHAIN tokens, of RUN blocks, and of the whole: one long
+# chain would round worse than the eager formula.
+CHAIN, RUN = 256, 8
 # Where bfloat16 products have instructions they take half the time of float32; elsewhere, twice.
 BF16_PRODUCTS = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 LOG2_E = 1 / math.log(2)
@@ -36,7 +37,6 @@ def state_forward(
     kv = torch.zeros(batch, heads, dim, v.shape[3], dtype=dtype, device=k.device)
     k_sum = torch.zeros(batch, heads, dim, dtype=dtype, device=k.device)
     scratch = _scratch(dtype, k, v)
-    # Summed in two levels: one long chain of blocks would round worse than one large product.
     _, size = _extent(k, v)
     for b, run in _blocks(k, v, run=RUN):
         kv_b, k_b, k_run, v_run = kv[b], k_sum[b], k[b, run], v[b, run]
@@ -47,7 +47,9 @@ def state_forward(
             if key_weight is not None:
                 y *= key_weight[b, run][:, None, n, None]
             x = _heads_first(v_run[:, n], scratch[1])  # [bH, n, E]
-            kv_part.flatten(0, 1).baddbmm_(y.flatten(0, 1).transpose(1, 2), x)
+            y_chain, s = y.flatten(0, 1).transpose(1, 2), kv_part.flatten(0, 1)
+            for m in _slices(x.shape[1], CHAIN):
+                s.baddbmm_(y_chain[:, :, m], x[:, m])
             k_part += y.sum(2)
         if not alone:
             kv_b += kv_part
