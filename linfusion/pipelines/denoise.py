@@ -75,17 +75,17 @@ def denoise(
         if guide is not None and i + 1 < runs.num_timesteps:
             following = runs.scheduler.timesteps[i + 1 - runs.num_timesteps]
             given["latents"] = guide.pull(given["latents"], following)
+        given["latents"] = given["latents"].contiguous()
         changed = on_step(runs, i, t, given)
         return {"latents": given["latents"], **changed}
 
     with contextlib.ExitStack() as stack:
         if guide is not None:
             stack.enter_context(around(pipe.unet, guide.blend))
-        if replay.done:
-            stack.enter_context(around(pipe.unet, replay.skip))
-            if getattr(pipe, "controlnet", None) is not None:
-                for net in getattr(pipe.controlnet, "nets", [pipe.controlnet]):
-                    stack.enter_context(around(net, replay.skip_control))
+        stack.enter_context(around(pipe.unet, replay.skip))
+        if getattr(pipe, "controlnet", None) is not None:
+            for net in getattr(pipe.controlnet, "nets", [pipe.controlnet]):
+                stack.enter_context(around(net, replay.skip_control))
         if outside is not None:
             stack.enter_context(around(pipe.unet, outside))
         stack.enter_context(_quiet(runs))

@@ -41,7 +41,7 @@ _OF_THE_RUN = (
     *("generator", "state", "resume"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 @dataclass
@@ -231,7 +231,7 @@ class HighResPipeline:
                 if start is None:
                     assert picture is not None
                     bar.set_description(f"encoding {stage.name}")
-                    start = self._encode(picture, stage, memory).to(dtype)
+                    start = self._encode(picture, stage, memory).to(dtype).contiguous()
                     state.begin(i, start)
                 if job.control != "previous":
                     picture = None  # gigabytes
@@ -278,7 +278,7 @@ class HighResPipeline:
 
         def on_step(runs: Any, i: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
             changed = dict(callback(runs, i, t, given) or {}) if callback is not None else {}
-            latents = changed.get("latents", given["latents"])
+            latents = changed["latents"] = changed.get("latents", given["latents"]).contiguous()
             if not runs.interrupt:
                 state.save_step(index, i + 1, latents, generator, runs.scheduler)
             _advance(bar, _weight(job, stage))

@@ -157,11 +157,15 @@ class Replay:
         self.done = 0 if step is None else step.number
 
     def skip(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """Zeros at once where the step is done."""
+        """Zeros at once where the step is done.
+
+        What it returns is contiguous: tensors from a file are, and with another layout the same
+        numbers round differently in the next forward.
+        """
         if self.now >= self.done:
-            return forward(*args, **kwargs)
+            return (forward(*args, **kwargs)[0].contiguous(),)
         sample = args[0] if args else kwargs["sample"]
-        return (torch.zeros_like(sample),)
+        return (torch.zeros_like(sample, memory_format=torch.contiguous_format),)
 
     def skip_control(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """No residuals at once where the step is done."""
