@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import linfusion.pipelines.rules  # noqa: F401  fills the table of rules
 from linfusion.pipelines.rows import BAND_BYTES, Engine, Node, Rows
-from linfusion.pipelines.store import Store
+from linfusion.pipelines.store import Policy, Store
 
 _PICTURES = ("sample", "controlnet_cond")  # the inputs whose rows everything else follows
 _BANDS_AT_ONCE = 8  # tensors of `band_bytes` that one band holds, roughly
@@ -143,7 +143,7 @@ def decode_rows(
     Args:
         vae: an AutoencoderKL.
         latents: [1, C, H/8, W/8], as a pipeline returns them (times the scaling factor).
-        memory_budget: bytes, or text like "12GB"; None keeps every intermediate result.
+        memory_budget: bytes, or text like "12GB"; None keeps all that is wanted again.
         ledger: to enter what it took into.
         dry: yield nothing; only fill the ledger.
 
@@ -151,11 +151,14 @@ def decode_rows(
         uint8 [rows, W, 3].
     """
     config = vae.config
-    engine = _vae_engine(vae, memory_budget, dry)
     latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+    def decoded(engine: Engine) -> Node:
+        return vae.decode(engine.wrap(latents.to(vae.dtype)), return_dict=False)[0].node
+
     with torch.no_grad(), _without_tiling(vae):
-        source = engine.wrap(latents.to(vae.dtype))
-        node = vae.decode(source, return_dict=False)[0].node
+        engine = _vae_engine(vae, decoded, memory_budget, dry)
+        node = decoded(engine)
     bands = engine.passes(node)
     while True:
         with torch.no_grad():  # not while the caller holds the band
@@ -195,19 +198,21 @@ def encode_rows(
             f"picture: got {picture.dtype} {picture.shape}, accepted is uint8 [H, W, 3]"
         )
     config = vae.config
-    engine = _vae_engine(vae, memory_budget, dry)
 
     def pixels(start: int, stop: int, bands: list[Tensor]) -> Tensor:
         band = torch.from_numpy(np.ascontiguousarray(picture[start:stop]))
         band = band.to(vae.device).permute(2, 0, 1)[None]
         return (band.float() / 127.5 - 1).to(vae.dtype)
 
-    shape = (1, 3, *picture.shape[:2])
-    source = Node(engine, shape, vae.dtype, vae.device, axis=2, line=1, compute=pixels)
-    with torch.no_grad(), _without_tiling(vae):
+    def encoded(engine: Engine, generator: torch.Generator | None = None) -> Node:
+        shape = (1, 3, *picture.shape[:2])
+        source = Node(engine, shape, vae.dtype, vae.device, axis=2, line=1, compute=pixels)
         found = vae.encode(Rows(source), return_dict=False)[0]
-        drawn = found.mode() if generator is None else found.sample(generator)
-        latents = engine.whole(drawn)
+        return (found.mode() if generator is None else found.sample(generator)).node
+
+    with torch.no_grad(), _without_tiling(vae):
+        engine = _vae_engine(vae, encoded, memory_budget, dry)
+        latents = engine.whole(Rows(encoded(engine, None if dry else generator)))
     if ledger is not None:
         ledger.add(engine)
     shift = getattr(config, "shift_factor", None) or 0.0
@@ -305,9 +310,41 @@ def _joined(outputs: list[Any]) -> Any:
     return tree_unflatten(joined, trees[0])
 
 
-def _vae_engine(vae: Any, memory_budget: int | str | None, dry: bool) -> Engine:
+def _vae_engine(
+    vae: Any, build: Callable[[Engine], Node], memory_budget: int | str | None, dry: bool
+) -> Engine:
+    """The engine that does the least work within the budget, as far as dry runs find it.
+
+    What is kept early leaves no room for what comes later: first the bound on the size of what is
+    kept is chosen, then exceptions to it.
+    """
     band_bytes, limit = _share(memory_budget, _nbytes(vae))
-    return Engine(Store(limit, recompute=True, dry=dry), band_bytes=band_bytes, dry=dry)
+
+    def engine(policy: Policy | None, *, dry: bool) -> Engine:
+        return Engine(Store(limit, policy=policy, dry=dry), band_bytes=band_bytes, dry=dry)
+
+    @functools.cache
+    def trial(policy: Policy | None) -> Engine:
+        tried = engine(policy, dry=True)
+        for _ in tried.passes(build(tried)):
+            pass
+        return tried
+
+    def work(policy: Policy) -> int:
+        return trial(policy).flops
+
+    if limit is None:
+        return engine(None, dry=dry)
+    least = trial(None).flops  # with everything kept, whatever the budget
+    sizes = sorted({0, *trial(Policy(largest=0)).store.asked}, reverse=True)
+    found = []
+    for best in [Policy(size) for size in sizes if size <= limit]:
+        for index in range(len(trial(best).store.asked)):
+            if work(best) == least:
+                return engine(best, dry=dry)
+            best = min(best, Policy(best.largest, best.exceptions | {index}), key=work)
+        found.append(best)
+    return engine(min(found, key=work), dry=dry)
 
 
 def _share(memory_budget: int | str | None, weights: int) -> tuple[int, int | None]:

@@ -88,17 +88,19 @@ class Engine:
     def settle(self, node: Node) -> None:
         """Compute the work that `node` waits for, in the smallest tensors that carry it.
 
-        A sum is kept rather than its terms; what a cheap function makes larger (a concatenation, an
-        upsampling, a change of dtype) is kept from before it. What can be kept nowhere stays as it
-        is: its rows are then computed again wherever they are wanted.
+        A sum is kept rather than its terms; what a cheap function made of one tensor, larger or
+        not, is kept from before it. What can be kept nowhere stays as it is: its rows are then
+        computed again wherever they are wanted.
         """
-        if not node.pending:
+        if not node.pending or node.passed_over:
             return
-        if node.expands:
+        if node.expands or (not node.flops and len(node.parents) == 1):
             for parent in node.parents:
                 self.settle(parent)
         elif self.store.fits(node.nbytes):
             self.realise(node)
+        else:
+            node.passed_over = True
 
     def settle_common(self, first: Sequence[Node], second: Sequence[Node]) -> None:
         """Settle what both groups wait for, when they will be computed in separate passes."""
@@ -159,6 +161,7 @@ class Node:
         self.parents, self.compute, self.needs = tuple(parents), compute, needs
         self.flops, self.expands = flops, expands
         self.value: Whole | None = None
+        self.passed_over = False  # asked about, and not kept
 
     @classmethod
     def leaf(cls, engine: Engine, value: Whole) -> Node:

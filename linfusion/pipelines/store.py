@@ -6,10 +6,27 @@ import os
 import tempfile
 import weakref
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which tensors are kept, where what is not kept can be computed again.
+
+    Attributes:
+        largest: bytes of the largest that is kept.
+        exceptions: those, in the order they come up, for which it is the other way round.
+    """
+
+    largest: int
+    exceptions: frozenset[int] = frozenset()
+
+    def keeps(self, index: int, nbytes: int) -> bool:
+        return (nbytes <= self.largest) != (index in self.exceptions)
 
 
 class Store:
@@ -21,10 +38,11 @@ class Store:
     Args:
         limit: bytes of whole tensors kept in memory at once; None for no limit.
         scratch: folder for what does not fit; None keeps all in memory.
-        recompute: whether what does not fit is rather not kept, but computed where it is wanted.
+        policy: what to keep of that which would fit; without one, everything, in files if need be.
         dry: count only; nothing is allocated.
 
     Attributes:
+        asked: bytes of the tensors the policy was asked about.
         live, peak: bytes in memory, now and at most; on_disk, peak_on_disk likewise.
     """
 
@@ -33,17 +51,22 @@ class Store:
         limit: int | None = None,
         scratch: str | Path | None = None,
         *,
-        recompute: bool = False,
+        policy: Policy | None = None,
         dry: bool = False,
     ) -> None:
-        self.limit, self.recompute, self.dry = limit, recompute, dry
+        self.limit, self.policy, self.dry = limit, policy, dry
+        self.asked: list[int] = []
         self.scratch = None if scratch is None else Path(scratch)
         self.live = self.peak = self.on_disk = self.peak_on_disk = 0
         self._used: OrderedDict[int, weakref.ref[Whole]] = OrderedDict()
 
     def fits(self, nbytes: int) -> bool:
         """Whether a tensor of that size is to be kept."""
-        return self.limit is None or not self.recompute or self.live + nbytes <= self.limit
+        if self.limit is None or self.policy is None:
+            return True
+        self.asked.append(nbytes)
+        wanted = self.policy.keeps(len(self.asked) - 1, nbytes)
+        return wanted and self.live + nbytes <= self.limit
 
     def new(
         self, shape: tuple[int, ...], axis: int, line: int, dtype: torch.dtype, device: torch.device
