@@ -1,6 +1,6 @@
 """Train the zoo's text encoder and UNet together on the VAE's latents: the softmax teacher.
 
-    python examples/zoo/train_unet.py --vae runs/vae/vae --output runs/unet --steps 3450
+    python examples/zoo/train_unet.py --vae runs/vae/vae --output runs/unet --steps 9900
 
 A run that was stopped goes on from its last checkpoint. The folder `pipeline` of the output is a
 stock StableDiffusionPipeline.
@@ -94,9 +94,9 @@ def main() -> None:
         "--init", type=Path, help="pipeline whose text encoder and UNet to go on from"
     )
     parser.add_argument("--output", type=Path, default=Path("runs/unet"))
-    parser.add_argument("--steps", type=int, default=3450)
+    parser.add_argument("--steps", type=int, default=9900)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1.2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1.3e-3)
     parser.add_argument("--preview-every", type=int, default=1000)
     parser.add_argument("--checkpoint-every", type=int, default=250, help="steps")
     parser.add_argument("--seed", type=int, default=0)
