@@ -268,12 +268,14 @@ def test_stages_grow_up_to_the_exact_size(base, factor, times, from_picture):
     assert all(side % 8 == 0 for size in sizes for side in size)
 
 
-def test_bands_of_an_enlarged_picture_are_its_rows():
-    picture = np.asarray(tiny_image(size=64))[:40]
-    enlarged = Enlarged(picture, 130, 208)
-    whole = np.asarray(Image.fromarray(picture).resize((208, 130), Image.Resampling.BICUBIC))
-    bands = np.concatenate([enlarged[i : i + 7] for i in range(0, 130, 7)])
-    assert np.abs(bands.astype(int) - whole).max() <= 1
+@pytest.mark.parametrize("height, width", [(130, 208), (24, 40), (40, 64)])
+def test_bands_of_an_enlarged_picture_are_its_rows(height, width):
+    noise = torch.randint(0, 256, (40, 64, 3), generator=seeded(), dtype=torch.uint8).numpy()
+    enlarged = Enlarged(noise, height, width)
+    resample = Image.Resampling.BICUBIC
+    whole = Image.fromarray(noise).resize((width, 40), resample).resize((width, height), resample)
+    bands = np.concatenate([enlarged[i : i + 7] for i in range(0, height, 7)])
+    assert np.abs(bands.astype(int) - np.asarray(whole)).max() <= 1
 
 
 # ---- plans
@@ -331,7 +333,7 @@ def test_the_budget_that_a_refusal_names_is_the_smallest_that_does(tmp_path):
         ({"control_image": tiny_image()}, "control_image: StableDiffusionPipeline has no Contr"),
         ({"output": "x.gif"}, "path: suffix '.gif'"),
         ({"output": "/nowhere/x.png"}, "path: /nowhere is not a folder"),
-        ({"output": "x.jpg", "size": 70_000 // 8 * 8}, "height: 70,000 pixels; a jpg file takes"),
+        ({"output": "x.jpg", "size": 70_000 // 8 * 8}, "width: 70,000 pixels; a jpg file takes"),
         ({"prompt": ["a", "b"]}, "prompt: got 2 prompts"),
         ({"generator": [seeded(), seeded()]}, "generator: got 2"),
         ({"num_inference_steps": 0}, "num_inference_steps: got 0"),
