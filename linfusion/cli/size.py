@@ -18,9 +18,13 @@ def parse_size(size: str) -> tuple[int, int]:
 
 
 def check_pixels(name: str, pixels: int) -> int:
-    """Refuse a side that is no multiple of the 8 pixels of a latent."""
+    """Refuse a side that is no multiple of the 8 pixels of a latent, and offer the nearest."""
     if pixels < 8 or pixels % 8:
-        raise ValueError(f"{name}: {pixels} px; accepted are multiples of 8, from 8 up")
+        low = pixels // 8 * 8
+        near = f"{low} and {low + 8}" if low else "8"
+        raise ValueError(
+            f"{name}: {pixels} px; accepted are multiples of 8, from 8 up; nearest: {near}"
+        )
     return pixels
 
 
