@@ -172,7 +172,7 @@ def upscale(
         from linfusion.pipelines.pictures import read_parameters
 
         about = {"path": str(made.path), "seconds": seconds, "width": pixels[1]}
-        emit_json({**about, "height": pixels[0], **read_parameters(made.path)})
+        emit_json({**about, "height": pixels[0], **read_parameters(output)})
     else:
         print(made.path)
 

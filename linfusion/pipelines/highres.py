@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from linfusion import __version__
 from linfusion.pipelines.bounded import decode_rows, encode_rows, parse_bytes
 from linfusion.pipelines.denoise import denoise, whole_picture
 from linfusion.pipelines.enlarge import Enlarged
@@ -34,14 +32,15 @@ from linfusion.pipelines.forecast import (
 from linfusion.pipelines.guided import Scales, Statistics, restandardise, statistics
 from linfusion.pipelines.pictures import bytes_needed, writer
 from linfusion.pipelines.plan import Plan
-from linfusion.pipelines.resume import Replay, State, digest_of, fingerprint, pack, seed_of
+from linfusion.pipelines.progress import advance, decode_weight, progress, step_weight
+from linfusion.pipelines.record import about_run, what_decides
+from linfusion.pipelines.resume import Replay, State, pack, seed_of
 from linfusion.pipelines.stages import Job, Stage, image_to_image, make_job, one_generator
 
 _OF_THE_RUN = (
     *("generator", "state", "resume"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
-_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 @dataclass
@@ -168,10 +167,10 @@ class HighResPipeline:
         if self.budget is not None:
             forecast(self.pipe, self.sibling, job, self.memory_budget, self.scratch)
         self._check_disk(job, state)
-        about = _about(self.pipe, job, generator)
-        kept = State(state, _decides(self.pipe, job, generator, about), resume=resume)
+        about = about_run(self.pipe, job, generator)
+        kept = State(state, what_decides(self.pipe, job, generator, about), resume=resume)
         tensors = list(callback_on_step_end_tensor_inputs)
-        with _progress(self.pipe, job) as bar:
+        with progress(self.pipe, job) as bar:
             latents = self._latents(job, generator, kept, bar, callback_on_step_end, tensors)
             return self._deliver(job, latents, about, bar)
 
@@ -241,7 +240,7 @@ class HighResPipeline:
             if finished is not None:
                 latents = finished[0].to(device)
                 generator.set_state(finished[1])
-                _advance(bar, _weight(job, stage) * stage.steps)
+                advance(bar, step_weight(job, stage) * stage.steps)
             else:
                 latents = self._stage(
                     job, i, generator, state, bar, callback, tensors,
@@ -274,14 +273,14 @@ class HighResPipeline:
         stage = job.stages[index]
         bar.set_description(f"stage {index + 1} of {len(job.stages)}, {stage.name}")
         replay = Replay(state.step(index))
-        _advance(bar, _weight(job, stage) * replay.done)
+        advance(bar, step_weight(job, stage) * replay.done)
 
         def on_step(runs: Any, i: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
             changed = dict(callback(runs, i, t, given) or {}) if callback is not None else {}
             latents = changed["latents"] = changed.get("latents", given["latents"]).contiguous()
             if not runs.interrupt:
                 state.save_step(index, i + 1, latents, generator, runs.scheduler)
-            _advance(bar, _weight(job, stage))
+            advance(bar, step_weight(job, stage))
             return changed
 
         with engine_for(self.pipe, memory, stage, self.scratch):
@@ -322,13 +321,13 @@ class HighResPipeline:
 
     def _decode(
         self, latents: Tensor, stage: Stage, memory: Memory, bar: tqdm, weight: float
-    ) -> Iterator[np.ndarray]:
+    ) -> Generator[np.ndarray, None, None]:
         bar.set_description(f"decoding {stage.name}")
         share = memory.share("decode", stage.height, stage.width)
         with _full_precision(self.pipe.vae):
             for band in decode_rows(self.pipe.vae, latents, memory_budget=share):
                 yield band
-                _advance(bar, weight * len(band) / stage.height)
+                advance(bar, weight * len(band) / stage.height)
 
     def _deliver(
         self, job: Job, latents: Tensor, about: dict[str, Any], bar: tqdm
@@ -336,7 +335,7 @@ class HighResPipeline:
         """The file, or the picture as `output_type` asks for it."""
         stage = job.stages[-1]
         memory = Memory(self.pipe, job, self.budget)
-        weight = _decode_weight(job)
+        weight = decode_weight(job)
         if job.output is not None:
             with (
                 writer(job.output, job.width, job.height, parameters=about) as file,
@@ -377,62 +376,6 @@ class HighResPipeline:
                 raise ValueError(
                     f"state: {state} takes up to {need:,} bytes, and {free:,} are free"
                 )
-
-
-def _about(pipe: Any, job: Job, generator: torch.Generator) -> dict[str, Any]:
-    """What goes into the file beside the picture."""
-    steered = asdict(job.scales) if job.steers else {}
-    return {
-        "linfusion": __version__,
-        "model": str(pipe.config.get("_name_or_path") or type(pipe).__name__),
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
-        "seed": generator.initial_seed(),
-        "strategy": job.strategy,
-        "stages": [asdict(stage) for stage in job.stages],
-        **steered,
-        **{name: digest_of(value) for name, value in job.call.items()},
-    }
-
-
-def _decides(
-    pipe: Any, job: Job, generator: torch.Generator, about: dict[str, Any]
-) -> dict[str, Any]:
-    """Everything that decides the picture. Not the budget, with which it may be gone on."""
-    state = hashlib.sha256(generator.get_state().numpy().tobytes()).hexdigest()[:16]
-    return {
-        **about,
-        "generator": f"{generator.device.type} {state}",
-        "image": None if job.picture is None else digest_of(job.picture),
-        "control_image": digest_of(job.control),
-        "pipeline": type(pipe).__name__,
-        **{f"model.{name}": digest for name, digest in fingerprint(pipe).items()},
-    }
-
-
-def _weight(job: Job, stage: Stage) -> float:
-    """Work of a step in megapixels."""
-    passes = 2 if job.steers and stage.strength is not None else 1
-    return passes * stage.height * stage.width / 1e6
-
-
-def _decode_weight(job: Job) -> float:
-    """Work of the last decoding, in the same unit; about that of two steps."""
-    return 2 * job.height * job.width / 1e6
-
-
-def _advance(bar: tqdm, weight: float) -> None:
-    bar.update(min(weight, bar.total - bar.n))
-
-
-@contextlib.contextmanager
-def _progress(pipe: Any, job: Job) -> Iterator[tqdm]:
-    """One bar for the whole run, as the pipeline's own are configured."""
-    total = sum(_weight(job, stage) * stage.steps for stage in job.stages)
-    if job.output is not None or job.output_type != "latent":
-        total += _decode_weight(job)
-    config = {"bar_format": _BAR, **getattr(pipe, "_progress_bar_config", {})}
-    with tqdm(total=total, **config) as bar:
-        yield bar
 
 
 @contextlib.contextmanager

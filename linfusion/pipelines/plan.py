@@ -81,11 +81,11 @@ class Plan:
                 _gigabytes(w.scratch_bytes) if w.scratch_bytes else "", f"{total:.3g}",
                 _duration(w.seconds),
             ])  # fmt: skip
-        steps = sum(w.steps for w in self.work if w.what == "denoise")
+        forwards = sum(w.steps for w in self.work if w.what == "denoise")
         flops = sum(w.flops * w.steps for w in self.work) / 1e12
         scratch = max(w.scratch_bytes for w in self.work)
         table.append([
-            "in all", "", "", str(steps), _gigabytes(self.peak_bytes),
+            "in all", "", "", str(forwards), _gigabytes(self.peak_bytes),
             _gigabytes(scratch) if scratch else "", f"{flops:.3g}", _duration(self.seconds),
         ])  # fmt: skip
         return table

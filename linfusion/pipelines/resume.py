@@ -13,7 +13,6 @@ puts back what the last of them left.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _VERSION = 1
 
@@ -226,63 +225,6 @@ def seed_of(folder: str | Path | None) -> int | None:
     return json.loads(file.read_text("utf-8")).get("seed")
 
 
-def fingerprint(pipe: Any) -> dict[str, str]:
-    """A digest of each part of a pipeline: configuration, processors, samples of all weights."""
-    found = {}
-    for name, part in pipe.components.items():
-        if part is None or isinstance(part, (str, bool, tuple)):
-            continue
-        digest = hashlib.sha256(type(part).__name__.encode())
-        config = getattr(part, "config", None)
-        if config is not None and hasattr(config, "items"):
-            kept = {k: v for k, v in config.items() if not k.startswith("_")}
-            digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
-        if isinstance(part, nn.Module):
-            _digest_weights(part, digest)
-            found[name] = digest.hexdigest()[:16]
-        elif name == "scheduler":
-            found[name] = digest.hexdigest()[:16]
-    return found
-
-
-def digest_of(value: Any) -> Any:
-    """A JSON value as it is; anything else, such as a tensor or a picture, as a digest."""
-    with contextlib.suppress(TypeError, ValueError):
-        return json.loads(json.dumps(value, allow_nan=False))
-    if isinstance(value, (list, tuple)):
-        return [digest_of(v) for v in value]
-    if isinstance(value, dict):
-        return {str(k): digest_of(v) for k, v in value.items()}
-    if isinstance(value, Tensor):
-        array: Any = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    else:
-        try:
-            array = np.ascontiguousarray(np.asarray(value))
-        except (TypeError, ValueError):
-            array = np.array(None)
-    if array.dtype == object:
-        return type(value).__qualname__
-    digest = hashlib.sha256(f"{type(value).__name__}{array.shape}".encode())
-    digest.update(array.data)
-    return digest.hexdigest()[:16]
-
-
-def _digest_weights(module: nn.Module, digest: Any) -> None:
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()
-        digest.update(some.view(torch.uint8).numpy().tobytes())
-    processors = getattr(module, "attn_processors", {})
-    for name, processor in processors.items():
-        scale = digest_of(getattr(processor, "scale", None))  # of an IP-Adapter
-        digest.update(f"{name} {type(processor).__name__} {scale}".encode())
-    for name, part in module.named_modules():
-        if isinstance(scaling := getattr(part, "scaling", None), dict):  # of a LoRA
-            digest.update(f"{name} {sorted(scaling.items())}".encode())
-            digest.update(str(getattr(part, "active_adapters", None)).encode())
-
-
 def _unpack(packed: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     def get(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -294,8 +236,9 @@ def _unpack(packed: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any
             return array if array.ndim else array[()]
         if "dict" in value:
             return {k: get(v) for k, v in value["dict"].items()}
-        items = [get(v) for v in value.get("list", value.get("tuple"))]
-        return items if "list" in value else tuple(items)
+        if "list" in value:
+            return [get(v) for v in value["list"]]
+        return tuple(get(v) for v in value["tuple"])
 
     return {k: get(v) for k, v in packed.items()}
 

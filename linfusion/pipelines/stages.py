@@ -236,12 +236,12 @@ def split(
     """
     ratio = max(target) / max(base)
     count = max(math.ceil(math.log(ratio, factor) - 0.2), 0) if ratio > 1 else 0
-    count = max(count, int(from_picture or tuple(base) != tuple(target)))
-    sizes = [tuple(base)] if not from_picture else []
+    count = max(count, int(from_picture or base != target))
+    sizes = [] if from_picture else [base]
     for i in range(1, count):
         scale = max(base) * factor**i / max(target)
-        sizes.append(tuple(_near(side * scale, unit) for side in target))
-    return [*sizes, tuple(target)] if count else sizes
+        sizes.append((_near(target[0] * scale, unit), _near(target[1] * scale, unit)))
+    return [*sizes, target] if count else sizes
 
 
 def _near(side: float, unit: int) -> int:
@@ -265,7 +265,7 @@ def _pair(name: str, size: Any) -> tuple[int, int]:
     if isinstance(size, int):
         return size, size
     if isinstance(size, Sequence) and len(size) == 2:
-        return tuple(size)  # type: ignore[return-value]
+        return size[0], size[1]
     raise ValueError(f"{name}: got {size!r}; accepted is a side or (height, width) in pixels")
 
 
@@ -283,8 +283,11 @@ def _base_size(
         return _near(target[0] * scale, unit), _near(target[1] * scale, unit)
     base = _pair("base_size", base_size)
     if isinstance(base_size, int):  # the longer side
-        base = tuple(_near(side * base_size / max(target), unit) for side in target)  # type: ignore[assignment]
         check_side("base_size", base_size, unit)
+        base = (
+            _near(target[0] * base_size / max(target), unit),
+            _near(target[1] * base_size / max(target), unit),
+        )
     for side in base:
         check_side("base_size", side, unit)
     if base[0] > target[0] or base[1] > target[1]:
