@@ -34,10 +34,10 @@ def about_run(pipe: Any, job: Job, generator: torch.Generator) -> dict[str, Any]
 def what_decides(
     pipe: Any, job: Job, generator: torch.Generator, about: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything that decides the picture. Not the budget, with which it may be gone on."""
+    """Everything that decides the picture: not the budget, nor where the model's files lie."""
     state = hashlib.sha256(generator.get_state().numpy().tobytes()).hexdigest()[:16]
     return {
-        **about,
+        **{name: value for name, value in about.items() if name != "model"},
         "generator": f"{generator.device.type} {state}",
         "image": None if job.picture is None else digest_of(job.picture),
         "control_image": digest_of(job.control),
