@@ -27,8 +27,7 @@ from tests.tiny import tiny_scheduler, tiny_sd_pipeline
 CASES = {
     "ddim": (DDIMScheduler, "sdedit"),
     "multistep": (DPMSolverMultistepScheduler, "sdedit"),
-    "ancestral": (EulerAncestralDiscreteScheduler, "sdedit"),
-    "guided": (EulerAncestralDiscreteScheduler, "guided"),
+    "ancestral": (EulerAncestralDiscreteScheduler, "guided"),
 }
 # Each run dies at its n-th: forward, in the middle of it; renaming of a finished file, before it;
 # band of the last picture.

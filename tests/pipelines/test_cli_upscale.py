@@ -89,7 +89,7 @@ def test_a_finished_run_goes_on_to_the_same_file(upscale, tmp_path):
         (["--size", 96, "--resume"], "resume: needs --state"),
         (["--size", 96, "-o", "x.gif"], "output: 'x.gif'; accepted are .png"),
         (["--size", 96, "--memory-budget", "much"], "memory_budget: got 'much'"),
-        (["--size", 96, "--memory-budget", "1MB"], "memory_budget: got '1MB'; 96×96 needs at"),
+        (["--size", 64, "--memory-budget", "1MB"], "memory_budget: got '1MB'; 64×64 needs at"),
         (["--size", 96, "--strategy", "tiles"], "'tiles' is not one of"),
         (["--size", 96, "--image", "nowhere.png"], "nowhere.png"),
         (["--size", 96, "--scratch", "/nowhere"], "scratch: there is no folder /nowhere"),

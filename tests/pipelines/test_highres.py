@@ -304,7 +304,7 @@ def test_a_plan_estimates_time_and_is_json():
 
 def test_the_budget_that_a_refusal_names_is_the_smallest_that_does(tmp_path):
     pipe = tiny_sd_pipeline()
-    call = {"prompt": "a", "size": 256, "base_size": 64, "factor": 4, "num_inference_steps": 4}
+    call = {"prompt": "a", "size": 256, "base_size": 256, "num_inference_steps": 4}
     call["output"] = tmp_path / "x.png"
     with pytest.raises(ValueError, match="memory_budget: got '1MB'") as error:
         HighResPipeline(pipe, memory_budget="1MB").plan(**call, measure=False)
