@@ -227,6 +227,7 @@ def _banded(
     dry: bool,
 ) -> Callable[..., Any]:
     signature = inspect.signature(type(model).forward)
+    fitting: set[tuple[tuple[int, ...], ...]] = set()  # inputs that the budget is known to hold
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -241,8 +242,10 @@ def _banded(
         batch = inputs["sample"].shape[0]
         together = any("PAG" in type(p).__name__ for p in model.attn_processors.values())
         turns = [inputs] if together else [_take(inputs, i, batch) for i in range(batch)]
-        if new_engine(dry=True).store.limit is not None:
+        shapes = tuple(tuple(inputs[name].shape) for name in _PICTURES if name in inputs)
+        if new_engine(dry=True).store.limit is not None and shapes not in fitting:
             _refuse_if_too_small(forward, turns[0], new_engine, ledger)
+            fitting.add(shapes)
         outputs = []
         for turn in turns:
             engine = new_engine(dry=dry)
