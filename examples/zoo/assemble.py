@@ -6,6 +6,7 @@ python examples/zoo/assemble.py --pipeline runs/unet/pipeline --student runs/stu
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
@@ -32,6 +33,10 @@ def main() -> None:
     pipe.save_pretrained(tmp)
     student = LinFusion.from_pretrained(args.student, dtype=torch.float16)
     student.save_pretrained(tmp / "linfusion")
+    for file in tmp.rglob("*.json"):  # where it was trained is nobody's concern
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     size = sum(file.stat().st_size for file in tmp.rglob("*") if file.is_file())
     if size > LIMIT:
         raise SystemExit(f"{size:,} bytes; the package has room for {LIMIT:,}")

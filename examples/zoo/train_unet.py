@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
+from transformers import CLIPTokenizer
 
 SIZE = 128
 PROMPTS = [
@@ -61,6 +62,18 @@ def build_scheduler() -> DDIMScheduler:
         steps_offset=1,
         clip_sample=False,
     )
+
+
+def load_tokenizer(folder: Path, init: Path | None, items: list[data.Emoji]) -> CLIPTokenizer:
+    """The tokenizer of the run, or of `init`; built once, as ties fall differently every time."""
+    if not folder.exists() and init:
+        return CLIPTokenizer.from_pretrained(init / "tokenizer")
+    if not folder.exists():
+        tokenizer = text.build_tokenizer([c for item in items for c in item.captions])
+        tmp = folder.with_suffix(".tmp")
+        tokenizer.save_pretrained(tmp)
+        tmp.rename(folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 @torch.no_grad()
@@ -108,7 +121,7 @@ def main() -> None:
     items = data.pictures(args.data)
     vae = AutoencoderKL.from_pretrained(args.vae)
     latents = encode(vae, data.load_pixels(items, SIZE))
-    tokenizer = text.build_tokenizer([c for item in items for c in item.captions])
+    tokenizer = load_tokenizer(args.output / "tokenizer", args.init, items)
     text_encoder, unet = text.build_text_encoder(tokenizer), build_unet()
     if args.init:
         text_encoder = text_encoder.from_pretrained(args.init / "text_encoder", dtype=torch.float32)
