@@ -18,8 +18,8 @@ from linfusion import HighResPipeline, zoo
 from linfusion.cli.console import say
 from linfusion.cli.measure import human_bytes
 
-# Five stages: 128, 512, 2,048, 8,192 and 16,384 px. 128 px is what the model is trained at; above it
-# draws the same thing several times over. Jumps of 4 rather than 2 leave out decodings and
+# Five stages: 128, 512, 2,048, 8,192 and 16,384 px. 128 px is what the model is trained at; above,
+# it draws the same thing several times over. Jumps of 4 rather than 2 leave out decodings and
 # encodings, and what they would add is denoised in the stages there are.
 BASE, FACTOR = 128, 4
 STRENGTHS = (0.4, 0.3, 0.2, 0.1)  # of 20 steps: 8, 6, 4 and 2; a step at 16K costs four at 8K
