@@ -267,6 +267,7 @@ class Rows(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        # Not a stub: `__torch_function__` serves every call, and there is no data below it.
         raise NotImplementedError(f"{func}: reached rows that are still to be computed")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

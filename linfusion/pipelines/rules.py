@@ -219,20 +219,12 @@ def _conv2d(
         return F.conv2d(band, weight, bias, (sy, sx), (0, px), (dy, dx), groups)
 
     shape = (node.shape[0], weight.shape[0], *out)
-    return Rows(
-        Node(
-            node.engine,
-            shape,
-            node.dtype,
-            node.device,
-            axis=2,
-            line=1,
-            parents=(node,),
-            compute=compute,
-            needs=lambda start, stop: _inside(node, *read(start, stop)),
-            flops=2 * math.prod(shape) * math.prod(weight.shape[1:]),
-        )
-    )
+
+    def needs(start: int, stop: int) -> tuple[int, int]:
+        return _inside(node, *read(start, stop))
+
+    work = 2 * math.prod(shape) * math.prod(weight.shape[1:])
+    return _picture(node, shape, compute, needs, flops=work)
 
 
 @rule("pad")
@@ -246,20 +238,11 @@ def _pad(func: Any, x: Rows, pad: Sequence[int], mode: str = "constant", value: 
     def compute(start: int, stop: int, bands: list[Tensor]) -> Tensor:
         return F.pad(_padded(bands[0], node, start - top, stop - top), (left, right))
 
-    return Rows(
-        Node(
-            node.engine,
-            (batch, channels, height + top + bottom, width + left + right),
-            node.dtype,
-            node.device,
-            axis=2,
-            line=1,
-            parents=(node,),
-            compute=compute,
-            needs=lambda start, stop: _inside(node, start - top, stop - top),
-            expands=True,
-        )
-    )
+    def needs(start: int, stop: int) -> tuple[int, int]:
+        return _inside(node, start - top, stop - top)
+
+    shape = (batch, channels, height + top + bottom, width + left + right)
+    return _picture(node, shape, compute, needs, expands=True)
 
 
 def _inside(node: Node, start: int, stop: int) -> tuple[int, int]:
@@ -307,20 +290,7 @@ def _interpolate(
             return F.interpolate(band, scale_factor=2.0)
         return band.index_select(2, ys[start:stop] - low).index_select(3, xs)
 
-    return Rows(
-        Node(
-            node.engine,
-            shape,
-            node.dtype,
-            node.device,
-            axis=2,
-            line=1,
-            parents=(node,),
-            compute=compute,
-            needs=read,
-            expands=True,
-        )
-    )
+    return _picture(node, shape, compute, read, expands=True)
 
 
 def _nearest(size: int, out: int, scale: float | None, device: torch.device) -> Tensor:
@@ -455,6 +425,21 @@ def _linear_attention(
     dim = q.node.shape[-1]
     engine.flops += 2 * math.prod(k.node.shape) * width
     return map_rows(read, (q,), flops=2 * math.prod(q.node.shape[:-1]) * dim * width)
+
+
+def _picture(
+    node: Node,
+    shape: tuple[int, ...],
+    compute: Callable[[int, int, list[Tensor]], Tensor],
+    needs: Callable[[int, int], tuple[int, int]],
+    **more: Any,
+) -> Rows:
+    """A picture computed from another one, whose rows are not those of the same place."""
+    made = Node(
+        node.engine, shape, node.dtype, node.device, axis=2, line=1,
+        parents=(node,), compute=compute, needs=needs, **more,
+    )  # fmt: skip
+    return Rows(made)
 
 
 def _is_picture(node: Node) -> bool:
