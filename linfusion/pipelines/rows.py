@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from linfusion.pipelines.store import Store, Whole
 
-BAND_BYTES = 1 << 26  # of the widest tensor of a band
+BAND_BYTES = 1 << 25  # of the widest tensor of a band
 
 # fmt: off
 METADATA = frozenset([

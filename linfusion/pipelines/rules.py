@@ -285,9 +285,10 @@ def _interpolate(
         return int(ys[start]), int(ys[stop - 1]) + 1
 
     def compute(start: int, stop: int, bands: list[Tensor]) -> Tensor:
-        (band,), (low, high) = bands, read(start, stop)
-        if 2 * (high - low) == stop - start and shape[3] == 2 * node.shape[3] and not start % 2:
-            return F.interpolate(band, scale_factor=2.0)
+        (band,), low = bands, int(ys[start])
+        if shape[2:] == (2 * node.shape[2], 2 * node.shape[3]):
+            twice = F.interpolate(band, scale_factor=2.0)
+            return twice.narrow(2, start - 2 * low, stop - start)
         return band.index_select(2, ys[start:stop] - low).index_select(3, xs)
 
     return _picture(node, shape, compute, read, expands=True)
@@ -314,7 +315,7 @@ def _group_norm(
         return NotImplemented
     engine = node.engine
     engine.settle(node)
-    batch, channels = node.shape[:2]
+    channels = node.shape[1]
     mean, variance = _moments(node, num_groups)
     scale = (variance + eps).rsqrt().repeat_interleave(channels // num_groups, 1)  # [B, C]
     shift = -mean.repeat_interleave(channels // num_groups, 1) * scale
@@ -322,15 +323,19 @@ def _group_norm(
         scale, shift = scale * weight.double(), shift * weight.double()
     if bias is not None:
         shift = shift + bias.double()
-    tail = (batch, channels) + (1,) * (len(node.shape) - 2)
     work = torch.float64 if node.dtype == torch.float64 else torch.float32
-    scale, shift = scale.to(work).view(tail), shift.to(work).view(tail)
-    dtype = node.dtype
+    scale, shift = scale.to(work), shift.to(work)
+    unmoved = torch.zeros_like(scale[0]), torch.ones_like(scale[0])
 
     def normalise(t: Tensor) -> Tensor:
         if t.is_meta:
             return torch.empty_like(t)
-        return torch.addcmul(shift, t.to(work), scale).to(dtype)
+        # A batch norm with moments of 0 and 1: the one pass over half precision that torch has.
+        done = [
+            F.batch_norm(one[None], *unmoved, a, b, eps=0.0)
+            for one, a, b in zip(t, scale, shift, strict=True)
+        ]
+        return done[0] if len(done) == 1 else torch.cat(done)
 
     return map_rows(normalise, (x,), expands=True)
 
@@ -346,17 +351,25 @@ def _moments(node: Node, groups: int) -> tuple[Tensor, Tensor]:
     )
     seen = 0
     for _, _, (band,) in node.engine.passes(node):
-        split = band.unflatten(1, (groups, -1))
-        dims = tuple(range(2, split.ndim))
-        work = split.float() if split.dtype in (torch.float16, torch.bfloat16) else split
-        variance, average = torch.var_mean(work, dims, correction=0)
-        n = split[0, 0].numel()
+        average, variance = _band_moments(band, groups)
+        n = band[0].numel() // groups
         total = seen + n
-        delta = average.double() - mean
+        delta = average - mean
         mean += delta * (n / total)
-        m2 += variance.double() * n + delta.square() * (seen * n / total)
+        m2 += variance * n + delta.square() * (seen * n / total)
         seen = total
     return mean, m2 / max(seen, 1)
+
+
+def _band_moments(band: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each group of a band, [B, G], float64: those of its channels, merged."""
+    work = torch.float64 if band.dtype == torch.float64 else torch.float32
+    running = torch.zeros(band.shape[1], dtype=work, device=band.device)  # sets the dtype
+    found = [torch.batch_norm_update_stats(one[None], running, running, 0.0) for one in band]
+    average, variance = (
+        torch.stack(of).double().unflatten(1, (groups, -1)) for of in zip(*found, strict=True)
+    )
+    return average.mean(2), variance.mean(2) + average.var(2, correction=0)
 
 
 # ---- attention
