@@ -10,11 +10,17 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.highres import highres
 from benchmarks.linear import core, layer, scaling
 from benchmarks.measure import HEADER, Row, keep, line, machine
 from benchmarks.unet import SIZES, unet
 
-BENCHMARKS = {"linear": (core, layer), "scaling": (scaling,), "unet": (unet,)}
+BENCHMARKS = {
+    "linear": (core, layer),
+    "scaling": (scaling,),
+    "unet": (unet,),
+    "highres": (highres,),
+}
 
 
 def main() -> None:
