@@ -1,6 +1,6 @@
 """Pictures of any size side by side: whole, an eighth of their width, and 256 pixels as they are.
 
-    python examples/crops.py heart-1024.png heart-16384.png --output crops.jpg
+    $ python examples/crops.py heart-1024.png heart-16384.png --output crops.jpg
 """
 
 from __future__ import annotations
