@@ -1,6 +1,8 @@
 """Pictures of any size side by side: whole, an eighth of their width, and 256 pixels as they are.
 
-    $ python examples/crops.py heart-1024.png heart-16384.png --output crops.jpg
+    python examples/crops.py heart-1024.png heart-16384.png --output crops.jpg
+
+A column a picture; the crops are around `--centre`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ PARTS = (1.0, 1 / 8, None)  # of the width; None is as many pixels as a cell has
 
 
 def column(path: Path, centre: tuple[float, float]) -> tuple[str, list[Image.Image]]:
-    """The size of a picture as text, and its parts around `centre`, each the size of a cell."""
+    """The longer side of a picture as text, and its parts around `centre`, all of one size."""
     picture = read(path)
     height, width = picture.shape[:2]
     cells = []
@@ -28,7 +30,7 @@ def column(path: Path, centre: tuple[float, float]) -> tuple[str, list[Image.Ima
         crop = Image.fromarray(picture[top : top + side, left : left + side])
         reduced = crop.reduce(max(1, side // (4 * CELL)))
         cells.append(reduced.resize((CELL, CELL), Image.Resampling.LANCZOS))
-    return f"{width:,} × {height:,}", cells
+    return f"{max(width, height):,} px", cells
 
 
 def main() -> None:
