@@ -11,6 +11,7 @@ from benchmarks.measure import RESULTS, machine
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 START, STOP = "## Measured\n", "## Your own size\n"
 HALVES = ("float32", "bfloat16")
+HIGH = ("softmax", "linear", "bounded")
 
 
 def measured(rows: list[dict[str, str]], where: str) -> str:
@@ -71,6 +72,24 @@ def measured(rows: list[dict[str, str]], where: str) -> str:
             + [value("unet", rival, pixels, "bfloat16", "speedup") for rival in rivals]
         )
     parts.append(_markdown(table))
+    parts.append(
+        "The same step above 1 K, alone in a process: its time, and the peak of the process's memory"
+        " with weights and libraries. `bounded` is linear in bands of rows"
+        " ([high resolution](high-resolution.md)):"
+    )
+    table = [["pixels", *(f"{p}{u}" for p in HIGH for u in (", time", ", memory"))]]
+    for pixels in (1024, 2048, 4096, 8192):
+        alone = [found.get(("step alone", provider, pixels, "bfloat16")) for provider in HIGH]
+        costs = [
+            (f"{float(r['ms']) / 1e3:.0f} s", f"{float(r['memory_mb']) / 1024:.1f} GiB")
+            if r
+            else ("–", "–")
+            for r in alone
+        ]
+        table.append([f"{pixels:,}", *(text for cost in costs for text in cost)])
+    parts.append(_markdown(table))
+    side = value("step", "bounded", 2048, "bfloat16", "speedup")
+    parts.append(f"In turns at 2,048 px the step in bands is {side} as fast as the plain one.")
     return "\n\n".join(parts)
 
 
