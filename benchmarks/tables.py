@@ -73,8 +73,8 @@ def measured(rows: list[dict[str, str]], where: str) -> str:
         )
     parts.append(_markdown(table))
     parts.append(
-        "The same step above 1 K, alone in a process: its time, and the peak of the process's memory"
-        " with weights and libraries. `bounded` is linear in bands of rows"
+        "The same step above 1 K, alone in a process: its time, and the peak of that process's"
+        " memory with weights and libraries. `bounded` is linear in bands of rows"
         " ([high resolution](high-resolution.md)):"
     )
     table = [["pixels", *(f"{p}{u}" for p in HIGH for u in (", time", ", memory"))]]
