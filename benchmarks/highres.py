@@ -40,25 +40,30 @@ def highres() -> Iterator[list[Row]]:
     rivals.clear()
     firsts: dict[int, Row] = {}
     for provider, size in ALONE:
-        command = [sys.executable, "-m", "benchmarks.highres", provider, str(size)]
-        took = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-        row = Row(
-            kernel="step alone",
-            provider=provider,
-            size=size,
-            dtype="bfloat16",
-            ms=took["ms"],
-            memory_mb=took["memory_mb"],
-            speedup=1.0,
-            memory_ratio=1.0,
-            error=None,
-            runs=took["runs"],
-            machine=machine(),
-        )
+        row = alone(provider, size)
         first = firsts.setdefault(size, row)  # softmax where it ran
         row.speedup = round(first.ms / row.ms, 2)
         row.memory_ratio = round(row.memory_mb / first.memory_mb, 2)
         yield [row]
+
+
+def alone(provider: str, size: int) -> Row:
+    """One of `PROVIDERS` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.highres", provider, str(size)]
+    took = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return Row(
+        kernel="step alone",
+        provider=provider,
+        size=size,
+        dtype="bfloat16",
+        ms=took["ms"],
+        memory_mb=took["memory_mb"],
+        speedup=1.0,
+        memory_ratio=1.0,
+        error=None,
+        runs=took["runs"],
+        machine=machine(),
+    )
 
 
 def _steps(size: int, *, linear: bool) -> dict[str, Callable[[], object]]:
