@@ -18,8 +18,9 @@ from torch import Tensor
 from linfusion.kernels.linear_attention.common import accumulator
 
 # Elements of a block: 2 MB in float32, near L2, and few enough calls. A short input is cut in SHARE
-# blocks, lest scratch outweigh the output, but not so small that calls outweigh the work in them.
-BLOCK, SMALL_BLOCK, SHARE = 1 << 19, 5 << 15, 6
+# blocks, lest scratch outweigh the output, but not into less than SMALL bytes each, where calls
+# outweigh the work in them.
+BLOCK, SHARE, SMALL = 1 << 19, 6, 5 << 17
 # Sums of products have three levels, of CHAIN tokens, of RUN blocks, and of the whole: one long
 # chain would round worse than the eager formula.
 CHAIN, RUN = 256, 8
@@ -105,7 +106,8 @@ def _extent(*tensors: Tensor) -> tuple[int, int]:
     """How many sequences and how many tokens of each make a block of [B, N, H, *]."""
     batch, tokens = tensors[0].shape[:2]
     width = max(t.shape[2] * t.shape[3] for t in tensors)
-    most = min(BLOCK, max(SMALL_BLOCK, batch * tokens * width // SHARE))
+    small = SMALL // tensors[0].element_size()
+    most = min(BLOCK, max(small, batch * tokens * width // SHARE))
     size = max(1, most // width)
     blocks = -(-tokens // size)
     return max(1, size // tokens), -(-tokens // blocks)  # of equal length but for the last
