@@ -130,7 +130,7 @@ def upscale(
     import torch
 
     import linfusion
-    from linfusion.pipelines.bounded import parse_bytes
+    from linfusion.pipelines.budget import parse_bytes
 
     if memory_budget is not None:
         parse_bytes(memory_budget)

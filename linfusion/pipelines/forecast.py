@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linfusion.pipelines.bounded import Ledger, bounded, decode_rows, encode_rows, parse_bytes
+from linfusion.pipelines.bounded import bounded
+from linfusion.pipelines.budget import Ledger, parse_bytes, weight_bytes
 from linfusion.pipelines.denoise import denoise
 from linfusion.pipelines.enlarge import Enlarged
 from linfusion.pipelines.pictures import bytes_needed
 from linfusion.pipelines.plan import Plan, Work
 from linfusion.pipelines.resume import Replay
 from linfusion.pipelines.stages import Job, Stage, native_size
+from linfusion.pipelines.vae import decode_rows, encode_rows
 
 LATENTS_HELD = 8  # copies that pipeline, scheduler and guidance hold while the UNet runs
 _SECONDS = 1.0  # a forward that takes as long is one to extrapolate from
@@ -41,7 +43,7 @@ class Memory:
     def __init__(self, pipe: Any, job: Job, budget: int | None) -> None:
         self.job, self.budget = job, budget
         parts = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
-        sizes = {k: _nbytes(v) for k, v in parts.items()}
+        sizes = {k: weight_bytes(v) for k, v in parts.items()}
         self.weights = sum(sizes.values())
         self.of_vae = sizes["vae"]
         self.of_denoiser = sizes["unet"] + sizes.get("controlnet", 0)
@@ -344,7 +346,3 @@ def _resident() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
-
-
-def _nbytes(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from linfusion.pipelines.bounded import decode_rows, encode_rows, parse_bytes
+from linfusion.pipelines.budget import parse_bytes
 from linfusion.pipelines.denoise import denoise, whole_picture
 from linfusion.pipelines.enlarge import Enlarged
 from linfusion.pipelines.forecast import (
@@ -36,6 +36,7 @@ from linfusion.pipelines.progress import advance, decode_weight, progress, step_
 from linfusion.pipelines.record import about_run, what_decides
 from linfusion.pipelines.resume import Replay, State, pack, seed_of
 from linfusion.pipelines.stages import Job, Stage, image_to_image, make_job, one_generator
+from linfusion.pipelines.vae import decode_rows, encode_rows
 
 _OF_THE_RUN = (
     *("generator", "state", "resume"),

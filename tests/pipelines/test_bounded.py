@@ -16,8 +16,10 @@ from diffusers import (
 from diffusers.hooks import apply_layerwise_casting
 
 import linfusion
-from linfusion.pipelines import bounded as module
-from linfusion.pipelines.bounded import Ledger, bounded, decode_rows, encode_rows, parse_bytes
+from linfusion.pipelines import budget as module
+from linfusion.pipelines.bounded import bounded
+from linfusion.pipelines.budget import Ledger, parse_bytes, weight_bytes
+from linfusion.pipelines.vae import decode_rows, encode_rows
 from tests.compat.test_adapters import IMAGE, with_ip_adapter
 from tests.students import student_for
 from tests.tiny import (
@@ -211,13 +213,13 @@ def test_decoding_by_bands_is_decoding(make, budget):
         whole = vae.decode(latents / vae.config.scaling_factor).sample
     pixels = ((whole / 2 + 0.5).clamp(0, 1) * 255)[0].permute(1, 2, 0).numpy()
     ledger = Ledger()
-    limit = None if budget is None else module._nbytes(vae) + 8 * (1 << 13) + 20_000
+    limit = None if budget is None else weight_bytes(vae) + 8 * (1 << 13) + 20_000
     bands = list(decode_rows(vae, latents, memory_budget=limit, ledger=ledger))
     assert len(bands) > 3
     # Where the exact value lies between two integers, either is right.
     assert np.abs(np.concatenate(bands) - pixels).max() <= 0.5 + 255 * 2e-5
     if limit is not None:
-        assert ledger.peak_bytes <= limit + module._nbytes(vae)
+        assert ledger.peak_bytes <= limit + weight_bytes(vae)
 
 
 @pytest.mark.parametrize("budget", [None, "tight"])
@@ -227,7 +229,7 @@ def test_encoding_by_bands_is_encoding(budget):
     tensor = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
         whole = vae.encode(tensor).latent_dist.mode() * vae.config.scaling_factor
-    limit = None if budget is None else module._nbytes(vae) + 8 * (1 << 13) + 20_000
+    limit = None if budget is None else weight_bytes(vae) + 8 * (1 << 13) + 20_000
     same(encode_rows(vae, picture, memory_budget=limit), whole)
 
 
@@ -277,7 +279,7 @@ def test_a_budget_below_the_weights_is_refused():
 def test_a_budget_too_small_for_a_size_names_the_one_that_would_do():
     unet = linear(tiny_unet())
     inputs = unet_inputs(unet, size=64)
-    tight = module._nbytes(unet) + 8 * (1 << 13) + 100_000
+    tight = weight_bytes(unet) + 8 * (1 << 13) + 100_000
     with bounded(unet, tight), pytest.raises(ValueError, match="memory_budget: got") as refused:
         denoise(unet, **inputs)
     enough = int(re.search(r"needs ([\d,]+)", str(refused.value))[1].replace(",", ""))

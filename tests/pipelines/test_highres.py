@@ -16,9 +16,11 @@ from diffusers import (
     HeunDiscreteScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionXLControlNetPipeline,
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -37,6 +39,7 @@ from tests.tiny import (
     tiny_sd_pipeline,
     tiny_unet,
     tiny_xl_pipeline,
+    tiny_xl_unet,
 )
 
 LEVEL = 1 / 255
@@ -229,6 +232,28 @@ def test_a_controlnet_looks_at_every_stage(control):
     ours = draw(pipe, **given)
     off = draw(pipe, control_image=tiny_image(2, 48), controlnet_conditioning_scale=0.0)
     assert (ours - off).abs().max() > LEVEL
+
+
+def test_a_controlnet_looks_at_every_stage_of_xl():
+    pipe = tiny_xl_pipeline(
+        StableDiffusionXLControlNetPipeline, controlnet=tiny_controlnet(tiny_xl_unet())
+    )
+    ours, off = (
+        draw(pipe, control_image=tiny_image(2, 48), controlnet_conditioning_scale=scale)
+        for scale in (1.0, 0.0)
+    )
+    assert ours.shape == (3, 96, 96) and (ours - off).abs().max() > LEVEL
+
+
+def test_a_lora_draws_as_when_it_is_fused():
+    pipe = linfusion.linearize(tiny_sd_pipeline(), weights=student_for(tiny_unet()))
+    without = draw(pipe)
+    torch.manual_seed(9)
+    pipe.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    apart = draw(pipe)
+    pipe.fuse_lora(components=["unet"])
+    assert (apart - without).abs().max() > 5 * LEVEL
+    assert (apart - draw(pipe)).abs().max() < 2.5 * LEVEL
 
 
 def test_an_ip_adapter_is_given_its_picture_at_every_stage():
