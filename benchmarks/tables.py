@@ -53,8 +53,8 @@ def measured(rows: list[dict[str, str]], where: str) -> str:
     )
     parts.append(
         "Time of a token, against that at 16,384 tokens. `THP_MEM_ALLOC_ENABLE=1` in the"
-        " environment has torch ask for huge pages; without, the system's work for the pages of each new output"
-        " begins to count:"
+        " environment has torch ask for huge pages; without, the system's work for pages of each"
+        " new output begins to count:"
     )
     table = [["tokens", "fp32", "bf16", "fp32, huge pages", "bf16, huge pages"]]
     for tokens in (65536, 262144):
