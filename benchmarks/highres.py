@@ -25,10 +25,10 @@ from linfusion.pipelines.bounded import bounded
 
 PROVIDERS = ("softmax", "linear", "bounded")
 SIDE_BY_SIDE = 2048
-# Softmax attention takes 16 times as long with each doubling: an hour and more a step at 4 K.
+# Softmax attention takes 16 times as long with each doubling: an hour and more a step at 4,096 px.
 ALONE = [
-    *(("softmax", size) for size in (1024, 2048)),
-    *(("linear", size) for size in (1024, 2048, 4096)),
+    *(("softmax", size) for size in (1024, 1536)),
+    *(("linear", size) for size in (1024, 1536, 2048, 4096)),
     *(("bounded", size) for size in (1024, 2048, 4096, 8192)),
 ]
 

@@ -86,7 +86,7 @@ def measured(rows: list[dict[str, str]], where: str) -> str:
         " ([high resolution](high-resolution.md)):"
     )
     table = [["pixels", *(f"{p}{u}" for p in HIGH for u in (", time", ", memory"))]]
-    for pixels in (1024, 2048, 4096, 8192):
+    for pixels in (1024, 1536, 2048, 4096, 8192):
         alone = [found.get(("step alone", provider, pixels, "bfloat16")) for provider in HIGH]
         costs = [
             (f"{float(r['ms']) / 1e3:.0f} s", f"{float(r['memory_mb']) / 1024:.1f} GiB")
