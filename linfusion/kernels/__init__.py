@@ -6,5 +6,12 @@ from linfusion.kernels.linear_attention import (
     linear_read,
     linear_state,
 )
+from linfusion.kernels.window_attention import window_attention
 
-__all__ = ["LinearState", "linear_attention", "linear_read", "linear_state"]
+__all__ = [
+    "LinearState",
+    "linear_attention",
+    "linear_read",
+    "linear_state",
+    "window_attention",
+]
