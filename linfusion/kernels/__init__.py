@@ -6,10 +6,11 @@ from linfusion.kernels.linear_attention import (
     linear_read,
     linear_state,
 )
-from linfusion.kernels.window_attention import window_attention
+from linfusion.kernels.window_attention import TileOrder, window_attention
 
 __all__ = [
     "LinearState",
+    "TileOrder",
     "linear_attention",
     "linear_read",
     "linear_state",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linfusion.kernels import window_attention
+from linfusion.kernels import TileOrder, library, window_attention
 
 X = torch.ones(2, 6, 3, 8)
 PAIR = (X[:, :4], X[:, :4])
@@ -48,6 +48,19 @@ PAIR = (X[:, :4], X[:, :4])
             {"pooled": (X[:, :0], X[:, :0])},
             r"pooled k: expected every axis of \[B, P, H, D\] to be",
         ),
+        (
+            {"order": TileOrder((3, 2))},
+            r"order: expected .* of grid \(2, 3\), got that of \(3, 2\)",
+        ),
+        ({"order": True}, r"order: expected None or the TileOrder of grid \(2, 3\), got bool"),
+        (
+            dict.fromkeys("qkv", X.double()) | {"impl": "triton"},
+            r"impl: 'triton' takes float16",
+        ),
+        (
+            dict.fromkeys("qkv", X[..., :7]) | {"impl": "triton"},
+            r"impl: 'triton' takes head dimensions from 8 to 128, got 7; 'blocked' and 'reference'",
+        ),
         ({"impl": "flex"}, r"impl: expected None or one of .*'reference'.* got 'flex'"),
     ],
 )
@@ -68,3 +81,26 @@ def test_float64_is_not_mixed_under_autocast():
         pytest.raises(ValueError, match=r"k: expected the dtype of q, .* got torch.float64"),
     ):
         window_attention(X, X.double(), X, grid=(2, 3), radius=2)
+
+
+def test_an_order_of_no_grid_is_refused():
+    with pytest.raises(ValueError, match=r"grid: expected .* positive integers, got \(4, 0\)"):
+        TileOrder((4, 0))
+
+
+def test_an_order_of_another_grid_does_not_permute():
+    with pytest.raises(ValueError, match=r"x: expected the 8 tokens of grid \(2, 4\) along axis 1"):
+        TileOrder((2, 4)).permute(X)
+
+
+def test_triton_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(library, "HAS_TRITON", True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="impl: 'triton' needs tensors on a CUDA or ROCm device"):
+        window_attention(X, X, X, grid=(2, 3), radius=2, impl="triton")
+
+
+def test_without_triton_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(library, "HAS_TRITON", False)
+    with pytest.raises(ImportError, match="pip install triton"):
+        window_attention(X, X, X, grid=(2, 3), radius=2, impl="triton")

@@ -7,13 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from linfusion.kernels.linear_attention.common import without_autocast
-from linfusion.kernels.window_attention import reference
-from linfusion.kernels.window_attention.common import SHAPES
+from linfusion.kernels import library
+from linfusion.kernels.library import without_autocast
+from linfusion.kernels.window_attention import ops, reference
+from linfusion.kernels.window_attention.common import SHAPES, bounded
+from linfusion.kernels.window_attention.order import TileOrder
 
 Pair = tuple[Tensor, Tensor]
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("reference", "blocked", "triton")
+HEAD_DIMS = (8, 128)  # what the Triton kernels are compiled and tested for
 
 
 def window_attention(
@@ -28,6 +31,7 @@ def window_attention(
     pooled: Pair | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    order: TileOrder | None = None,
     impl: str | None = None,
 ) -> Tensor | Pair:
     """Softmax attention of grid tokens to a window around each (Liu et al. 2024, CLEAR, eq. 4).
@@ -42,7 +46,7 @@ def window_attention(
     (exp(l) o + exp(l') o') / (exp(l) + exp(l')).
 
     Args:
-        q, k, v: tokens of the grid in raster order, [B, N, H, D], one dtype, any strides.
+        q, k, v: tokens of the grid, [B, N, H, D], one dtype, any strides.
         grid: (h, w) or (t, h, w), of N tokens.
         radius: of the window, in tokens, above 0; the border is outside. A window larger than
             the grid is full attention.
@@ -51,8 +55,10 @@ def window_attention(
         pooled: keys and values [B, P, H, D] that every query sees: the image at low resolution.
         scale: of the scores; None is D^-½.
         return_lse: also return the log-sum-exp l.
-        impl: "reference" (a dense mask). A named implementation is used or refused, never
-            replaced by another.
+        order: the tile order that q, k and v lie in, and o and l will; None is raster order.
+        impl: "reference" (a dense mask), "blocked" (tiles with their halos, any device), "triton"
+            (CUDA, ROCm). None takes "triton" on a GPU that has it and "blocked" elsewhere. A
+            named implementation is used or refused, never replaced by another.
 
     Returns:
         o [B, N, H, D] in the dtype of v, contiguous; with `return_lse`, (o, l) with l
@@ -61,10 +67,11 @@ def window_attention(
     Raises:
         ValueError: an argument has a wrong rank, shape, dtype, device or value; the message names
             it, what came and what is accepted.
+        ImportError: impl="triton" without triton.
     """
     _check_tokens(q, k, v)
     size = _grid(grid, q.shape[1])
-    radius = _radius(radius, size)
+    radius = _radius(radius)
     if shape not in SHAPES:
         raise ValueError(f"shape: expected one of {SHAPES}, got {shape!r}")
     pairs = [
@@ -77,16 +84,42 @@ def window_attention(
     ]
     if scale is not None and (not _is_number(scale) or not math.isfinite(scale)):
         raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
-    _implementation(impl)
+    if order is not None and (not isinstance(order, TileOrder) or order.grid != size):
+        got = f"that of {order.grid}" if isinstance(order, TileOrder) else type(order).__name__
+        raise ValueError(f"order: expected None or the TileOrder of grid {size}, got {got}")
+    impl = _implementation(impl, q)
 
     q, k, v, *rest = _autocast(q, k, v, *(x for pair in pairs for x in pair))
-    everywhere = None
-    if rest:
-        everywhere = (_joined(rest[::2]), _joined(rest[1::2]))
+    k_all, v_all = (_joined(part, q) for part in (rest[::2], rest[1::2]))
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    with without_autocast(q.device):
-        o, lse = reference.attention(q, k, v, everywhere, size, radius, shape, scale)
+    if impl == "reference":
+        o, lse = _reference(q, k, v, k_all, v_all, size, radius, shape, scale, order)
+    else:
+        o, lse = ops.window_attention(
+            q, k, v, k_all, v_all, size, radius, shape, scale, order is not None, impl
+        )
     return (o, lse) if return_lse else o
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_all: Tensor,
+    v_all: Tensor,
+    grid: tuple[int, ...],
+    radius: float,
+    shape: str,
+    scale: float,
+    order: TileOrder | None,
+) -> Pair:
+    if order is not None:
+        q, k, v = (order.undo(x) for x in (q, k, v))
+    with without_autocast(q.device):
+        o, lse = reference.attention(
+            q, k, v, k_all, v_all, grid, bounded(radius, grid), shape, scale
+        )
+    return (o, lse) if order is None else (order.permute(o), order.permute(lse))
 
 
 def _check_tensor(x: Tensor, name: str, axes: str) -> None:
@@ -161,18 +194,32 @@ def _is_number(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
-def _radius(radius: float, grid: tuple[int, ...]) -> float:
+def _radius(radius: float) -> float:
     if not _is_number(radius) or not radius > 0:
         raise ValueError(f"radius: expected a number of tokens above 0, got {radius!r}")
-    # No two tokens are as far apart as the sum of the sides: from there on all windows are alike.
-    return float(min(radius, sum(grid)))
+    return float(radius)
 
 
-def _implementation(impl: str | None) -> str:
+def _implementation(impl: str | None, q: Tensor) -> str:
+    fits = HEAD_DIMS[0] <= q.shape[3] <= HEAD_DIMS[1]
+    double = q.dtype == torch.float64
     if impl is None:
-        return "reference"
+        on_gpu = q.device.type == "cuda"  # ROCm calls itself cuda too
+        return "triton" if on_gpu and library.HAS_TRITON and fits and not double else "blocked"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected None or one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl == "triton":
+        if double:
+            raise ValueError(
+                "impl: 'triton' takes float16, bfloat16 and float32, got float64; 'blocked' and "
+                "'reference' take it"
+            )
+        if not fits:
+            raise ValueError(
+                f"impl: 'triton' takes head dimensions from {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got "
+                f"{q.shape[3]}; 'blocked' and 'reference' take any"
+            )
+        library.check_triton(q.device)
     return impl
 
 
@@ -188,5 +235,7 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     return [x.to(torch.get_autocast_dtype(q.device.type)) for x in tensors]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _joined(parts: list[Tensor], q: Tensor) -> Tensor:
+    if not parts:
+        return q.new_empty(q.shape[0], 0, *q.shape[2:])
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linfusion.kernels.window_attention.common import coordinates, window
+from linfusion.kernels.window_attention.common import accumulator, coordinates, window
 
 
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    everywhere: tuple[Tensor, Tensor] | None,
+    k_all: Tensor,
+    v_all: Tensor,
     grid: tuple[int, ...],
     radius: float,
     shape: str,
@@ -26,16 +27,14 @@ def attention(
 
     Args:
         q, k, v: [B, N, H, D], N tokens of a raster grid.
-        everywhere: (k, v) [B, T, H, D] that every query sees.
+        k_all, v_all: [B, T, H, D] that every query sees.
     """
-    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    dtype = accumulator(q)
     at = coordinates(grid, q.device)
     seen = window([x[:, None] - x[None, :] for x in at], radius, shape)  # [N, N]
-    keys, values = k, v
-    if everywhere is not None:
-        keys, values = torch.cat([everywhere[0], k], 1), torch.cat([everywhere[1], v], 1)
-        always = torch.ones(len(seen), everywhere[0].shape[1], dtype=torch.bool, device=q.device)
-        seen = torch.cat([always, seen], 1)
+    always = torch.ones(len(seen), k_all.shape[1], dtype=torch.bool, device=q.device)
+    seen = torch.cat([always, seen], 1)  # [N, T + N]
+    keys, values = torch.cat([k_all, k], 1), torch.cat([v_all, v], 1)
     scores = torch.einsum("bnhd,bmhd->bnhm", q.to(dtype), keys.to(dtype)) * scale
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     lse = scores.logsumexp(-1)

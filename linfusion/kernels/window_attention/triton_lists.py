@@ -1,0 +1,89 @@
+"""Which tiles of 64 tokens see which, as lists that the Triton kernels walk, and their bit masks.
+
+Distance has no direction, so one set of lists serves both ways: the key tiles that a query tile
+sees are the query tiles that see it as keys.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linfusion.kernels.window_attention.common import reach, sees, window
+from linfusion.kernels.window_attention.order import TILES
+
+
+class Lists(NamedTuple):
+    """For each tile the tiles in its window, first those seen whole, then those seen in part.
+
+    Attributes:
+        starts: where the list of each tile starts, [tiles + 1] int32.
+        whole: how many at its start need no mask: no pair of tokens is too far apart, and the
+            listed tile does not stick out of the grid. [tiles] int32.
+        tiles: the lists, one after the other, int32.
+        masks: which mask each entry needs, int32.
+        bits: bit j of word [mask, i] says whether token i of a tile sees token j of the listed
+            tile. [masks, 64] int64.
+    """
+
+    starts: Tensor
+    whole: Tensor
+    tiles: Tensor
+    masks: Tensor
+    bits: Tensor
+
+
+@lru_cache(maxsize=8)
+def lists(grid: tuple[int, ...], radius: float, shape: str, device: torch.device) -> Lists:
+    """The lists of a grid. Which tiles are far apart depends on their displacement alone."""
+    tile = TILES[len(grid)]
+    counts = [-(-size // side) for size, side in zip(grid, tile, strict=True)]
+    spans = [
+        range(-n, n + 1)
+        for count, side in zip(counts, tile, strict=True)
+        for n in [min(count - 1, (reach(radius) + side - 1) // side)]
+    ]
+    moves = [
+        move
+        for move in itertools.product(*spans)
+        if sees(
+            [max(0, (abs(m) - 1) * s + 1) for m, s in zip(move, tile, strict=True)], radius, shape
+        )
+    ]
+    far = [[abs(m) * s + s - 1 for m, s in zip(move, tile, strict=True)] for move in moves]
+    near = torch.tensor([sees(offset, radius, shape) for offset in far])  # [moves]
+
+    places = torch.cartesian_prod(*map(torch.arange, counts)).view(-1, len(grid))
+    other = places[:, None] + torch.tensor(moves)  # [tiles, moves, axes]
+    size = torch.tensor(counts)
+    there = ((other >= 0) & (other < size)).all(-1)
+    cut_short = (other + 1) * torch.tensor(tile) > torch.tensor(grid)
+    whole = there & near & ~cut_short.any(-1)
+    index = torch.zeros(other.shape[:2], dtype=torch.int64)
+    for axis, count in enumerate(counts):
+        index = index * count + other[..., axis]
+    kind = torch.where(whole, 0, torch.where(there, 1, 2))
+    order = kind.argsort(dim=1, stable=True)
+    listed = there.gather(1, order)
+    starts = torch.zeros(len(places) + 1, dtype=torch.int32)
+    starts[1:] = there.sum(1).cumsum(0)
+    result = Lists(
+        starts=starts,
+        whole=whole.sum(1).int(),
+        tiles=index.gather(1, order)[listed].int(),
+        masks=order[listed].int(),
+        bits=_bits(moves, tile, radius, shape),
+    )
+    return Lists(*(x.to(device) for x in result))
+
+
+def _bits(moves: list[tuple[int, ...]], tile: tuple[int, ...], radius: float, shape: str) -> Tensor:
+    inner = torch.cartesian_prod(*map(torch.arange, tile))  # [64, axes]
+    shift = torch.tensor(moves) * torch.tensor(tile)
+    apart = shift[:, None, None] + inner[None, None] - inner[None, :, None]  # [moves, i, j, axes]
+    seen = window(list(apart.unbind(-1)), radius, shape)
+    return (seen.long() << torch.arange(64)).sum(-1)  # bit 63 is the sign; the sum wraps to it
