@@ -13,8 +13,15 @@ import torch
 from benchmarks.linear import core, layer, scaling
 from benchmarks.measure import HEADER, Row, keep, line, machine
 from benchmarks.unet import SIZES, unet
+from benchmarks.window import flex, softmax
+from benchmarks.window import scaling as window_scaling
 
-BENCHMARKS = {"linear": (core, layer), "scaling": (scaling,), "unet": (unet,)}
+BENCHMARKS = {
+    "linear": (core, layer),
+    "scaling": (scaling,),
+    "unet": (unet,),
+    "window": (flex, softmax, window_scaling),
+}
 
 
 def main() -> None:
