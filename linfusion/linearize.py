@@ -24,7 +24,6 @@ from linfusion.layers import (
     projections,
     record_of,
     select,
-    shorten,
     tokens_at,
 )
 from linfusion.offload import lifted
@@ -146,6 +145,7 @@ def linearize(
 
     chosen = {path: settings[path] for path in paths}
     record = Record(mechanism.name, {}, chosen, fresh=side is None)
+    mechanism.attach(model, chosen)
     with lifted(model):
         processor = mechanism.processor()
         for path in paths:
@@ -155,7 +155,6 @@ def linearize(
             device = projections(attn)["to_q"].weight.device
             attn.add_module(mechanism.name, children[path].to(device))
             attn.set_processor(processor)
-        mechanism.attach(model, chosen)
     setattr(model, RECORD, record)
     model.register_forward_pre_hook(_look)
     mark(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,16 +80,17 @@ def save_low_rank(
             "model_or_pipe: its attention projections are the base model's own, so there is no"
             " difference to store"
         )
+    layers: dict[str, Any] = {path: model.get_submodule(path) for path in record.layers}
+    _check_rank(rank, layers.values())
     state: dict[str, Tensor] = {}
     lost: dict[str, tuple[float, float]] = {}
     full = 0
     with lifted(model):
         for path, taken in record.layers.items():
-            attn: Any = model.get_submodule(path)
+            attn = layers[path]
             child = attn.get_submodule(record.method).state_dict()
             state |= {f"{path}.{record.method}.{n}": t.contiguous() for n, t in child.items()}
             for name, parameter in attention_parameters(attn).items():
-                _check_rank(rank, parameter)
                 full += parameter.numel()
                 key, _, leaf = f"{path}.{name}".rpartition(".")
                 base = taken.base_weights[name].to(parameter.device, torch.float32)
@@ -138,7 +140,8 @@ def _ratio(error: float, norm: float) -> float:
     return (error / norm) ** 0.5 if norm else 0.0
 
 
-def _check_rank(rank: int, parameter: Tensor) -> None:
-    widest = min(parameter.shape) if parameter.ndim == 2 else rank
+def _check_rank(rank: int, layers: Iterable[Any]) -> None:
+    weights = (p for attn in layers for p in attention_parameters(attn).values() if p.ndim == 2)
+    widest = min(min(weight.shape) for weight in weights)
     if type(rank) is not int or not 1 <= rank <= widest:
         raise ValueError(f"rank: got {rank!r}, expected a whole number from 1 to {widest}")

@@ -190,7 +190,7 @@ class CLEARProcessor:
         q, k, v, text_q, text_k, text_v = _projected(attn, hidden_states, encoder_hidden_states)
         joint = encoder_hidden_states is not None
         text = text_q.shape[1] if joint else q.shape[1] - grids.tokens
-        if (q.shape[1] if joint else q.shape[1] - text) != grids.tokens or text < 0:
+        if q.shape[1] != grids.tokens if joint else text < 0:
             raise ValueError(
                 f"hidden_states: got {hidden_states.shape[1]} tokens, expected {grids.tokens} of"
                 f" the grids {grids.sizes}" + ("" if joint else " and those of the text")
@@ -201,20 +201,15 @@ class CLEARProcessor:
             text_q, q = q[:, :text], q[:, text:]
         if image_rotary_emb is not None:
             cos, sin = image_rotary_emb
-            q, text_q = (
-                _rotated(q, cos[text:], sin[text:]),
-                _rotated(text_q, cos[:text], sin[:text]),
-            )
+            q = _rotated(q, cos[text:], sin[text:])
+            text_q = _rotated(text_q, cos[:text], sin[:text])
             k = _rotated(k, cos, sin)
 
         scale = child.window.scale(k.shape[1], k.shape[3])
         image_out = _image(child, grids, q, k, v, scale)
         # The text that the last block of Stable Diffusion 3 returns is not read.
         unread = joint and attn.context_pre_only
-        if unread or text == 0:
-            text_out = text_q
-        else:
-            text_out = self._softmax(text_q, k, v, scale)
+        text_out = text_q if unread or text == 0 else self._softmax(text_q, k, v, scale)
         if not joint:
             out = image_out if text == 0 else torch.cat([text_out, image_out], 1)
             return _projected_out(attn, out.flatten(2))
@@ -237,7 +232,7 @@ def _image(
     """Image queries [B, N, H, D] over keys and values of text and image [B, T + N, H, D]."""
     text = k.shape[1] - grids.tokens
     out, start = [], text
-    for size in grids.sizes:
+    for size, order in zip(grids.sizes, grids.orders, strict=True):
         end = start + size[0] * size[1]
         own_k, own_v = k[:, start:end], v[:, start:end]
         others = [(k[:, :start], v[:, :start]), (k[:, end:], v[:, end:])]
@@ -247,7 +242,8 @@ def _image(
             context = torch.cat([p[0] for p in others], 1), torch.cat([p[1] for p in others], 1)
         pooled = None
         if child.pool is not None:
-            pooled = child.pool(own_k, size), child.pool(own_v, size)
+            cells = (own_k, own_v) if order is None else (order.undo(own_k), order.undo(own_v))
+            pooled = child.pool(cells[0], size), child.pool(cells[1], size)
         out.append(
             window_attention(
                 q[:, start - text : end - text],
@@ -258,6 +254,7 @@ def _image(
                 context=context,
                 pooled=pooled,
                 scale=scale,
+                order=order,
             )
         )
         start = end
