@@ -20,6 +20,7 @@ from linfusion.kernels.window_attention.blocks import (
     blocks_of,
     dense_bias,
     is_dense,
+    plan,
     tiles,
 )
 from linfusion.kernels.window_attention.common import accumulator
@@ -50,10 +51,16 @@ def attention(
     dtype = _product_dtype(q)
     masks = Masks(grid, radius, shape, dtype, q.device)
     k_all, v_all = (_heads_first(x, dtype) for x in (k_all, v_all))  # [B, H, T, D]
-    for b, heads, block in blocks_of(q, grid, radius):
+    batch, _, count, dim = q.shape
+    together = plan(grid, radius, count, dim)
+    sizes = (together.queries, together.keys, together.keys)
+    scratch = [torch.empty(size, dtype=dtype, device=q.device) for size in sizes]
+    for b, heads, block in blocks_of(grid, radius, batch, count, together):
         part = Part(grid, heads, tiled, q.device)
-        q_b = part.read(q[b], block.queries, dtype)
-        k_b, v_b = (part.read(x[b], block.keys, dtype) for x in (k, v))
+        where = (block.queries, block.keys, block.keys)
+        q_b, k_b, v_b = (
+            part.read(x[b], at, into) for x, at, into in zip((q, k, v), where, scratch, strict=True)
+        )
         for group in block.groups:
             q_g = tiles(q_b, group.first, group.rows, group)  # [h, n, q, D]
             k_g, v_g = (tiles(x, group.key_first, group.key_rows, group) for x in (k_b, v_b))
@@ -66,9 +73,8 @@ def attention(
                 o_e, lse_e = o_e.view(q_g.shape), lse_e.view(q_g.shape[:3])
                 o_g = torch.lerp(o_g, o_e, (lse_e - lse_g).sigmoid_().to(o_g.dtype)[..., None])
                 lse_g = torch.logaddexp(lse_g, lse_e)
-            where = block.where(group)
-            part.write(o[b], where, o_g, group.tiles)
-            part.write(lse[b], where, lse_g, group.tiles)
+            part.write(o[b], block.where(group), o_g, group.tiles)
+            part.write(lse[b], block.where(group), lse_g, group.tiles)
     return o, lse
 
 
@@ -100,6 +106,8 @@ def attend(
     if q.device.type != "cpu":
         return attend_by_products(q, k, v, bias, scale)
     mask = None if bias is None else bias.expand(q.shape[0], 1, *bias.shape)
+    # It takes for granted, without a check, that features are contiguous.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, False, attn_mask=mask, scale=scale
     )

@@ -21,6 +21,7 @@ from linfusion.kernels.window_attention.blocks import (
     blocks_of,
     dense_bias,
     is_dense,
+    plan,
 )
 from linfusion.kernels.window_attention.common import accumulator
 
@@ -54,13 +55,22 @@ def attention_backward(
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     every = [x.to(dtype).transpose(1, 2).contiguous() for x in (k_all, v_all)]  # [B, H, T, D]
     d_every = [torch.zeros_like(x) for x in every]
-    for b, heads, block in blocks_of(q, grid, radius):
+    batch, _, count, dim = q.shape
+    together = plan(grid, radius, count, dim)
+    spare = [torch.empty(together.queries, dtype=dtype, device=q.device) for _ in range(5)]
+    spare += [torch.empty(together.keys, dtype=dtype, device=q.device) for _ in range(2)]
+    for b, heads, block in blocks_of(grid, radius, batch, count, together):
         part = Part(grid, heads, tiled, q.device)
-        rows = [part.read(x[b], block.queries, dtype) for x in (q, do, o, lse, dlse)]
+        rows = [
+            part.read(x[b], block.queries, into)
+            for x, into in zip((q, do, o, lse, dlse), spare[:5], strict=True)
+        ]
         q_b, do_b, o_b, lse_b, dlse_b = (x.flatten(1, len(grid)) for x in rows)  # [h, q, ...]
         delta = (do_b * o_b).sum(-1) - dlse_b
         dq_b = torch.zeros_like(q_b)
-        keys = [part.read(x[b], block.keys, dtype) for x in (k, v)]
+        keys = [
+            part.read(x[b], block.keys, into) for x, into in zip((k, v), spare[5:], strict=True)
+        ]
         dk_b, dv_b = (torch.zeros_like(x) for x in keys)
         flat = [x.flatten(1, len(grid)) for x in (*keys, dk_b, dv_b)]
         across = q_b.shape[1] // rows[0].shape[1]

@@ -74,19 +74,39 @@ class Block(NamedTuple):
         return (slice(start, start + group.tiles * group.rows), *self.queries[1:])
 
 
-def blocks_of(
-    q: Tensor, grid: tuple[int, ...], radius: float
-) -> Iterator[tuple[int, slice, Block]]:
-    """Batch index, heads and block: all that there is to do for queries [B, N, H, D]."""
-    batch, _, heads, dim = q.shape
+class Plan(NamedTuple):
+    """What is done together.
+
+    Attributes:
+        heads: at a time.
+        rows: of queries in a block, at most; one tile at least.
+        queries, keys: how many elements of q and of k the largest block of so many heads has.
+    """
+
+    heads: int
+    rows: int
+    queries: int
+    keys: int
+
+
+def plan(grid: tuple[int, ...], radius: float, heads: int, dim: int) -> Plan:
+    """As many heads, then as many rows, as fit a block of `BLOCK` elements of the keys."""
     halo = reach(radius)
-    sides = zip(TILES[len(grid)][1:], grid[1:], strict=True)
-    row = dim * math.prod(min(side + 2 * halo, size) for side, size in sides)
+    height, *sides = (min(t, s) for t, s in zip(TILES[len(grid)], grid, strict=True))
+    row = dim * math.prod(min(t + 2 * halo, s) for t, s in zip(sides, grid[1:], strict=True))
     together = max(1, min(heads, BLOCK // (grid[0] * row)))
-    rows = max(TILES[len(grid)][0], BLOCK // row - 2 * halo)
+    rows = min(grid[0], max(height, (BLOCK // row - 2 * halo) // height * height))
+    key_rows = min(grid[0], rows + 2 * halo)
+    return Plan(together, rows, together * rows * dim * math.prod(sides), together * key_rows * row)
+
+
+def blocks_of(
+    grid: tuple[int, ...], radius: float, batch: int, heads: int, plan: Plan
+) -> Iterator[tuple[int, slice, Block]]:
+    """Batch index, heads and block: all that there is to do."""
     for b in range(batch):
-        for part in _ranges(heads, together):
-            for block in cut(grid, halo, rows):
+        for part in _ranges(heads, plan.heads):
+            for block in cut(grid, reach(radius), plan.rows):
                 yield b, part, block
 
 
@@ -181,8 +201,8 @@ class Part:
         self.grid, self.heads = grid, heads
         self.places = _places(grid, device) if tiled else None
 
-    def read(self, x: Tensor, where: tuple[slice, ...], dtype: torch.dtype) -> Tensor:
-        """[h, *where, ...], contiguous."""
+    def read(self, x: Tensor, where: tuple[slice, ...], scratch: Tensor) -> Tensor:
+        """[h, *where, ...], contiguous, in a flat buffer that is long enough, in its dtype."""
         x = x[:, self.heads]
         if self.places is None:
             x = x.unflatten(0, self.grid)[where]
@@ -190,7 +210,7 @@ class Part:
             places = self.places[where]
             x = x.index_select(0, places.flatten()).unflatten(0, places.shape)
         x = x.movedim(len(self.grid), 0)
-        return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
+        return scratch[: x.numel()].view(x.shape).copy_(x)
 
     def write(self, x: Tensor, where: tuple[slice, ...], values: Tensor, tiles: int) -> None:
         """Put [h, tiles, queries of a tile, ...] there; the tiles lie one below the other."""
