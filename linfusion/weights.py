@@ -232,7 +232,7 @@ def learned(model_or_pipe: Any, *, attention_weights: bool | None = None) -> Lin
     Args:
         model_or_pipe: linearized before.
         attention_weights: whether to take to_q, to_k, to_v and to_out as well; by default where
-            they are not the base model's own.
+            they are not the base model's own, and for methods that train little else ("clear").
 
     Raises:
         ValueError: the model is not linearized.
@@ -242,7 +242,9 @@ def learned(model_or_pipe: Any, *, attention_weights: bool | None = None) -> Lin
     if record is None:
         raise ValueError(f"model_or_pipe: {type(model).__name__} is not linearized")
     if attention_weights is None:
-        attention_weights = any(layer.base_weights for layer in record.layers.values())
+        attention_weights = get_method(record.method).projections or any(
+            layer.base_weights for layer in record.layers.values()
+        )
     with torch.device("meta"):
         side = LinFusion(
             modules_list=modules_list(model, record.method, record.settings),

@@ -17,6 +17,7 @@ from linfusion.lowrank import save_low_rank
 from linfusion.weights import LinFusion, learned, save
 from tests.attention.test_clear import GOLDEN, golden
 from tests.compat.test_runtime import OFFLOADS
+from tests.students import student_for
 from tests.test_linearize import same, snapshot
 from tests.tiny import tiny_unet
 from tests.tiny_joint import (
@@ -209,7 +210,7 @@ def test_the_learned_part_shares_the_parameters_of_the_model(tmp_path):
 def test_a_student_of_some_layers_is_saved_and_loaded(make, tmp_path):
     inputs = (flux_inputs if make is tiny_flux else sd3_inputs)()
     model = linfusion.linearize(make(), "clear", radius=2, layers=r"^transformer_blocks\.0\.")
-    save(model, tmp_path, attention_weights=True)
+    save(model, tmp_path)
     again = linfusion.linearize(make(), "clear", weights=tmp_path)
     assert len(record_of(again).layers) == 1
     torch.testing.assert_close(forward(again, inputs), forward(model, inputs), atol=1e-6, rtol=0)
@@ -381,3 +382,18 @@ def test_an_offloaded_model_computes_the_same_and_comes_back(name, order, tmp_pa
         linfusion.linearize(model, "clear", weights=file)
     torch.testing.assert_close(forward(model, inputs), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(forward(linfusion.restore(model), inputs), full, atol=1e-5, rtol=0)
+
+
+def test_a_student_of_linfusion_may_be_stored_at_a_low_rank_too(tmp_path):
+    model = linfusion.linearize(
+        tiny_unet(), weights=student_for(tiny_unet(), attention_weights=True)
+    )
+    report = save_low_rank(model, tmp_path, rank=16)
+    again = linfusion.linearize(tiny_unet(), weights=tmp_path)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    student, read, base = (
+        m.get_parameter(f"{name}.weight").detach() for m in (model, again, tiny_unet())
+    )
+    error = (student - read).norm() / (student - base).norm()
+    assert float(error) == pytest.approx(report.layer_errors[name], rel=1e-3)
+    assert 0.1 < report.layer_errors[name] < 0.9

@@ -51,6 +51,8 @@ class Method:
         break_even_tokens: `(attn, setting) -> tokens` from which on the layer costs less than
             softmax.
         state_bytes: bytes of the fp32 state a layer keeps per picture.
+        projections: whether to_q, to_k, to_v and to_out are what a student consists of, so that
+            they are always saved with it.
         student: arguments of `linearize` after the pipeline that load a published student.
         fused_name: where `fuse` hangs what it made of the layer.
         fused: `(attn, child, dtype) -> module`, the layer for inference with fewer GEMMs, or None
@@ -74,6 +76,7 @@ class Method:
     break_even_tokens: Callable[[Any, Any], int]
     state_bytes: Callable[[Any], int]
     student: str
+    projections: bool = False
     fused_name: str | None = None
     fused: Callable[[Attention, nn.Module | None, torch.dtype], nn.Module] | None = None
     pag_processors: Callable[[], tuple[object, object]] | None = None

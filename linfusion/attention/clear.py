@@ -231,7 +231,8 @@ def _image(
 ) -> Tensor:
     """Image queries [B, N, H, D] over keys and values of text and image [B, T + N, H, D]."""
     text = k.shape[1] - grids.tokens
-    out, start = [], text
+    start = text
+    out: list[Tensor] = []
     for size, order in zip(grids.sizes, grids.orders, strict=True):
         end = start + size[0] * size[1]
         own_k, own_v = k[:, start:end], v[:, start:end]
@@ -244,19 +245,18 @@ def _image(
         if child.pool is not None:
             cells = (own_k, own_v) if order is None else (order.undo(own_k), order.undo(own_v))
             pooled = child.pool(cells[0], size), child.pool(cells[1], size)
-        out.append(
-            window_attention(
-                q[:, start - text : end - text],
-                own_k,
-                own_v,
-                grid=size,
-                radius=child.window.radius,
-                context=context,
-                pooled=pooled,
-                scale=scale,
-                order=order,
-            )
+        seen: Any = window_attention(
+            q[:, start - text : end - text],
+            own_k,
+            own_v,
+            grid=size,
+            radius=child.window.radius,
+            context=context,
+            pooled=pooled,
+            scale=scale,
+            order=order,
         )
+        out.append(seen)
         start = end
     return out[0] if len(out) == 1 else torch.cat(out, 1)
 
@@ -430,6 +430,7 @@ METHOD = Method(
     break_even_tokens=break_even_tokens,
     state_bytes=lambda attn: 0,
     student='"clear", weights="Huage001/CLEAR/clear_local_8.safetensors"',
+    projections=True,
     read_file=read_file,
     attach=hosts.attach,
     detach=hosts.detach,

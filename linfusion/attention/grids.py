@@ -106,7 +106,7 @@ def attach(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
     pos_embed: Any = model.pos_embed
     pos_embed.register_forward_hook(_hand_on, always_call=True)
     if hasattr(model, "proj_out"):  # a ControlNet has none: it stays in raster order
-        model.proj_out.register_forward_hook(_undo)
+        model.get_submodule("proj_out").register_forward_hook(_undo)
     if rotary:
         model.register_forward_pre_hook(_read_ids, with_kwargs=True)
         if ntk != {1.0}:
