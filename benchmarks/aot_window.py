@@ -64,7 +64,8 @@ def traffic(launch: Launch) -> tuple[int, int, int]:
     if launch.kernel.__name__ == "window_bwd_all":
         rows = held * BATCH * HEADS * TEXT + 2 * launch.programs * a["tokens"]
     else:
-        seen = 64 * len(a["TILES"]) + a["tiles"] * a.get("always", 0)
+        entries = (len(a["TABLE"]) - 4 * a["tiles"]) // 2
+        seen = 64 * entries + a["tiles"] * a.get("always", 0)
         rows = BATCH * HEADS * (held * a["tiles"] * 64 + 2 * (64 // a["BM"]) * seen)
     long = ("Q", "K", "V", "OUT", "DO", "DQ", "DK", "DV")
     return sum(size.values()), rows * row, sum(size[name] for name in long if name in size)
@@ -92,9 +93,8 @@ def section(reports: list[Report]) -> list[str]:
     ]
     for radius in RADII:
         tables = lists(GRID, float(radius), "disc", torch.device("cpu"))
-        tiles = len(tables.whole)
-        entries, whole = len(tables.tiles) / tiles, tables.whole.float().mean().item()
-        part, visited = entries - whole, 64 * entries
+        whole, part = tables.whole / tables.tiles, tables.part / tables.tiles
+        visited = 64 * (whole + part)
         lines.append(
             f"| {radius} | {whole:.1f} | {part:.1f} | {visited:.0f} | {_needed(radius):.0f} |"
         )

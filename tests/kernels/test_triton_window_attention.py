@@ -100,7 +100,8 @@ def test_a_window_larger_than_tiles_needs_no_mask_inside(poisoned):
     grid = (8, 40)
     tensors = inputs(grid, 0, 8, torch.float32)
     choices = (grid, 24.0, "disc", 0.3, False)
-    assert lists(grid, 24.0, "disc", torch.device("cpu")).whole.tolist() == [2, 3, 3, 3, 2]
+    tables = lists(grid, 24.0, "disc", torch.device("cpu"))
+    assert (tables.tiles, tables.whole) == (5, 2 + 3 + 3 + 3 + 2)
     check(run(*tensors, choices=choices), exact(*tensors, choices=choices), torch.float32)
 
 
@@ -186,12 +187,15 @@ def test_lists_and_bits_are_the_window_of_every_pair(grid, radius, shape):
     for place in places:
         of_tile.setdefault(home(place)[0], []).append((place, home(place)[1]))
     for t, queries in of_tile.items():
-        first, last = tables.starts[t].item(), tables.starts[t + 1].item()
+        first, masked, last, itself = tables.table[4 * t : 4 * t + 4].tolist()
+        assert itself == t
         for entry in range(first, last):
-            words = tables.bits[tables.masks[entry]].tolist()
-            unmasked = entry < first + tables.whole[t]
-            assert not unmasked or len(of_tile[tables.tiles[entry].item()]) == 64
-            for (a, i), (b, j) in itertools.product(queries, of_tile[tables.tiles[entry].item()]):
+            at = 4 * tables.tiles + 2 * entry
+            listed, mask = tables.table[at : at + 2].tolist()
+            words = tables.bits[mask].tolist()
+            unmasked = entry < masked
+            assert not unmasked or len(of_tile[listed]) == 64
+            for (a, i), (b, j) in itertools.product(queries, of_tile[listed]):
                 assert not unmasked or words[i] >> j & 1
                 if words[i] >> j & 1:
                     seen.add((a, b))
@@ -207,6 +211,5 @@ def test_lists_and_bits_are_the_window_of_every_pair(grid, radius, shape):
 )
 def test_as_many_tiles_are_visited_as_there_are(side, radius, whole, part):
     tables = lists((side, side), float(radius), "disc", torch.device("cpu"))
-    tiles = len(tables.whole)
-    assert tables.whole.float().mean().item() == pytest.approx(whole, abs=0.05)
-    assert len(tables.tiles) / tiles - whole == pytest.approx(part, abs=0.1)
+    assert tables.whole / tables.tiles == pytest.approx(whole, abs=0.05)
+    assert tables.part / tables.tiles == pytest.approx(part, abs=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +18,42 @@ Pair = tuple[Tensor, Tensor]
 
 IMPLEMENTATIONS = ("reference", "blocked", "triton")
 HEAD_DIMS = (8, 128)  # what the Triton kernels are compiled and tested for
+
+
+@overload
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: tuple[int, int] | tuple[int, int, int],
+    radius: float,
+    shape: str = ...,
+    context: Pair | None = ...,
+    pooled: Pair | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    order: TileOrder | None = ...,
+    impl: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: tuple[int, int] | tuple[int, int, int],
+    radius: float,
+    shape: str = ...,
+    context: Pair | None = ...,
+    pooled: Pair | None = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    order: TileOrder | None = ...,
+    impl: str | None = ...,
+) -> Pair: ...
 
 
 def window_attention(

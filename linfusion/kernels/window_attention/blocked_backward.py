@@ -11,6 +11,9 @@ their own. All of it is float32, or float64 for float64 inputs.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -26,6 +29,38 @@ from linfusion.kernels.window_attention.blocks import (
 from linfusion.kernels.window_attention.common import accumulator
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+class Queries(NamedTuple):
+    """Queries of some heads, and what their gradient dq is added up from.
+
+    Attributes:
+        q, do, dq: [h, n, D].
+        lse, delta: l and δ, [h, n].
+    """
+
+    q: Tensor
+    do: Tensor
+    lse: Tensor
+    delta: Tensor
+    dq: Tensor
+
+    def part(self, n: slice) -> Queries:
+        """Some of them, as views."""
+        return Queries(*(x[:, n] for x in self))
+
+
+class Keys(NamedTuple):
+    """Keys and values [h, m, D] of some heads, and their gradients, to be added to."""
+
+    k: Tensor
+    v: Tensor
+    dk: Tensor
+    dv: Tensor
+
+    def part(self, m: slice) -> Keys:
+        """Some of them, as views."""
+        return Keys(*(x[:, m] for x in self))
 
 
 def attention_backward(
@@ -67,32 +102,23 @@ def attention_backward(
         ]
         q_b, do_b, o_b, lse_b, dlse_b = (x.flatten(1, len(grid)) for x in rows)  # [h, q, ...]
         delta = (do_b * o_b).sum(-1) - dlse_b
-        dq_b = torch.zeros_like(q_b)
-        keys = [
+        queries = Queries(q_b, do_b, lse_b, delta, torch.zeros_like(q_b))
+        k_b, v_b = (
             part.read(x[b], block.keys, into) for x, into in zip((k, v), spare[5:], strict=True)
-        ]
-        dk_b, dv_b = (torch.zeros_like(x) for x in keys)
-        flat = [x.flatten(1, len(grid)) for x in (*keys, dk_b, dv_b)]
-        across = q_b.shape[1] // rows[0].shape[1]
-        key_across = flat[0].shape[1] // keys[0].shape[1]
+        )
+        dk_b, dv_b = torch.zeros_like(k_b), torch.zeros_like(v_b)
+        keys = Keys(*(x.flatten(1, len(grid)) for x in (k_b, v_b, dk_b, dv_b)))
+        across, key_across = (math.prod(x.shape[2:-1]) for x in (rows[0], k_b))
         for group in block.groups:
             bias = masks.of(block, group)
             for i in range(group.tiles):
                 n = _rows(group.first + i * group.rows, group.rows, across)
                 m = _rows(group.key_first + i * group.rows, group.key_rows, key_across)
-                k_t, v_t, dk_t, dv_t = (x[:, m] for x in flat)
-                _accumulate(
-                    *(x[:, n] for x in (q_b, do_b, lse_b, delta, dq_b)),
-                    *(k_t, v_t, dk_t, dv_t, bias, scale),
-                )
-        if every[0].shape[2]:
-            _over_all(
-                *(q_b, do_b, lse_b, delta, dq_b),
-                *(x[b, heads] for x in (*every, *d_every)),
-                None,
-                scale,
-            )
-        part.write(dq[b], block.queries, dq_b[:, None], 1)
+                _accumulate(queries.part(n), keys.part(m), bias, scale)
+        if k_all.shape[1]:
+            everywhere = Keys(*(x[b, heads] for x in (*every, *d_every)))
+            _over_all(queries, everywhere, None, scale)
+        part.write(dq[b], block.queries, queries.dq[:, None], 1)
         part.add(dk[b], block.keys, dk_b)
         part.add(dv[b], block.keys, dv_b)
     dk_all, dv_all = (x.transpose(1, 2).to(q.dtype).contiguous() for x in d_every)
@@ -122,52 +148,33 @@ def _dense(
     def fold(x: Tensor) -> Tensor:
         return x.to(dtype).transpose(1, 2).flatten(0, 1)  # [BH, N, ...]
 
-    keys, values = fold(torch.cat([k_all, k], 1)), fold(torch.cat([v_all, v], 1))
-    do, q_b = fold(do), fold(q)
-    delta = (do * fold(o)).sum(-1) - fold(dlse)
-    dq, dk, dv = (torch.zeros_like(x) for x in (q_b, keys, values))
-    _over_all(q_b, do, fold(lse), delta, dq, keys, values, dk, dv, bias, scale)
-    dq, dk, dv = (x.unflatten(0, (batch, -1)).transpose(1, 2).to(q.dtype) for x in (dq, dk, dv))
-    parts = dq, dk[:, always:], dv[:, always:], dk[:, :always], dv[:, :always]
+    def unfold(x: Tensor) -> Tensor:
+        return x.unflatten(0, (batch, -1)).transpose(1, 2).to(q.dtype)
+
+    k_b, v_b = fold(torch.cat([k_all, k], 1)), fold(torch.cat([v_all, v], 1))
+    do_b, q_b = fold(do), fold(q)
+    delta = (do_b * fold(o)).sum(-1) - fold(dlse)
+    queries = Queries(q_b, do_b, fold(lse), delta, torch.zeros_like(q_b))
+    keys = Keys(k_b, v_b, torch.zeros_like(k_b), torch.zeros_like(v_b))
+    _over_all(queries, keys, bias, scale)
+    dk, dv = unfold(keys.dk), unfold(keys.dv)
+    parts = unfold(queries.dq), dk[:, always:], dv[:, always:], dk[:, :always], dv[:, :always]
     dq, dk, dv, dk_all, dv_all = (x.contiguous() for x in parts)
     return dq, dk, dv, dk_all, dv_all
 
 
-def _over_all(
-    q: Tensor,
-    do: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dq: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    bias: Tensor | None,
-    scale: float,
-) -> None:
+def _over_all(queries: Queries, keys: Keys, bias: Tensor | None, scale: float) -> None:
     """`_accumulate`, as many queries at a time as their scores allow."""
-    step = max(1, SCORES // (k.shape[0] * k.shape[1]))
-    for start in range(0, q.shape[1], step):
+    step = max(1, SCORES // (keys.k.shape[0] * keys.k.shape[1]))
+    for start in range(0, queries.q.shape[1], step):
         n = slice(start, start + step)
-        part = None if bias is None else bias[n]
-        _accumulate(*(x[:, n] for x in (q, do, lse, delta, dq)), k, v, dk, dv, part, scale)
+        _accumulate(queries.part(n), keys, None if bias is None else bias[n], scale)
 
 
-def _accumulate(
-    q: Tensor,
-    do: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    dq: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    bias: Tensor | None,
-    scale: float,
-) -> None:
-    """Add to dq, dk, dv what queries [h, n, D] and keys [h, m, D] give each other."""
+def _accumulate(queries: Queries, keys: Keys, bias: Tensor | None, scale: float) -> None:
+    """Add to the gradients of queries and keys what they give each other."""
+    q, do, lse, delta, dq = queries
+    k, v, dk, dv = keys
     if bias is None:
         p = torch.bmm(q, k.mT).mul_(scale)  # [h, n, m]
     else:

@@ -90,12 +90,17 @@ class Plan(NamedTuple):
 
 
 def plan(grid: tuple[int, ...], radius: float, heads: int, dim: int) -> Plan:
-    """As many heads, then as many rows, as fit a block of `BLOCK` elements of the keys."""
+    """All heads at a time, as their tokens lie together in memory, and as many rows as fit.
+
+    Only where that would leave few rows, whose halo is copied as well, are the heads divided.
+    """
     halo = reach(radius)
     height, *sides = (min(t, s) for t, s in zip(TILES[len(grid)], grid, strict=True))
     row = dim * math.prod(min(t + 2 * halo, s) for t, s in zip(sides, grid[1:], strict=True))
-    together = max(1, min(heads, BLOCK // (grid[0] * row)))
-    rows = min(grid[0], max(height, (BLOCK // row - 2 * halo) // height * height))
+    few = min(grid[0], max(64, 4 * halo))
+    together = max(1, min(heads, BLOCK // (row * min(grid[0], few + 2 * halo))))
+    fit = BLOCK // (row * together)
+    rows = grid[0] if fit >= grid[0] else max(height, (fit - 2 * halo) // height * height)
     key_rows = min(grid[0], rows + 2 * halo)
     return Plan(together, rows, together * rows * dim * math.prod(sides), together * key_rows * row)
 

@@ -78,9 +78,9 @@ def place_of(grid: tuple[int, ...], device: torch.device) -> Tensor:
     axes = len(grid)
     starts, locals_, sides = [], [], []
     for axis, (size, side) in enumerate(zip(grid, tile, strict=True)):
-        shape = [1] * axes
-        shape[axis] = size
-        x = torch.arange(size, device=device).view(shape)
+        broadcast = [1] * axes
+        broadcast[axis] = size
+        x = torch.arange(size, device=device).view(broadcast)
         start = x // side * side
         starts.append(start)
         locals_.append(x - start)
@@ -88,12 +88,11 @@ def place_of(grid: tuple[int, ...], device: torch.device) -> Tensor:
     for axis in range(axes):
         # Tiles that differ from this one first along `axis`: the slab's sides before that axis,
         # the grid's sizes after it.
-        before: Tensor | int = 1
-        for side in sides[:axis]:
-            before = before * side
-        place = place + before * starts[axis] * math.prod(grid[axis + 1 :])
-        row: Tensor | int = 1
-        for side in sides[axis + 1 :]:
-            row = row * side
-        place = place + locals_[axis] * row
+        above = starts[axis] * math.prod(grid[axis + 1 :])
+        for length in sides[:axis]:
+            above = above * length
+        rows = locals_[axis]
+        for length in sides[axis + 1 :]:
+            rows = rows * length
+        place = place + above + rows
     return place.view(-1)

@@ -47,15 +47,15 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, N, H, D] and log-sum-exp [B, N, H] float32; arguments as for the operator."""
     target = target or target_of(q)
-    q, k, v, k_all, v_all = map(rows, (q, k, v, k_all, v_all))
+    q, (k, v), k_all, v_all = rows(q), _alike(k, v), k_all.contiguous(), v_all.contiguous()
     batch, tokens, heads, d = q.shape
     o = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     lse = torch.empty(batch, tokens, heads, dtype=torch.float32, device=q.device)
-    align, strides = strides_of(q, k, v, k_all, v_all, o)
+    align, strides = strides_of(q, k)
     step = _step(target, "fwd", d, q)
-    args = {"Q": q, "K": k, "V": v, "KA": k_all, "VA": v_all, "OUT": o, "LSE": lse}
+    args: dict[str, Any] = {"Q": q, "K": k, "V": v, "KA": k_all, "VA": v_all, "OUT": o, "LSE": lse}
     args |= {"heads": heads, "always": k_all.shape[1], "scale": float(scale)}
-    for name, stride in zip(("q", "k", "v", "ka", "va", "o"), strides, strict=True):
+    for name, stride in zip(("q", "k"), strides, strict=True):
         args |= named(name, stride)
     args |= _constants(d, step, align, target, q)
     tiles, window = _window(grid, radius, shape, tiled, q)
@@ -83,8 +83,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dk_all and dv_all (equations: `triton_backward`)."""
     target = target or target_of(q)
-    do, q, k, v, k_all, v_all, o = map(rows, (do, q, k, v, k_all, v_all, o))
-    lse, dlse = lse.contiguous(), dlse.contiguous()
+    do, q, (k, v) = rows(do), rows(q), _alike(k, v)
+    k_all, v_all, o, lse, dlse = (x.contiguous() for x in (k_all, v_all, o, lse, dlse))
     batch, tokens, heads, d = q.shape
     dq, dk, dv, dk_all, dv_all = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, k_all, v_all)
@@ -93,31 +93,30 @@ def attention_backward(
     tiles, window = _window(grid, radius, shape, tiled, q)
 
     step = _step(target, "bwd_q", d, q)
-    align, strides = strides_of(q, k, v, k_all, v_all, o, do, dq)
-    args = {"Q": q, "K": k, "V": v, "KA": k_all, "VA": v_all, "OUT": o, "DO": do}
+    align, strides = strides_of(q, k, do)
+    args: dict[str, Any] = {"Q": q, "K": k, "V": v, "KA": k_all, "VA": v_all, "OUT": o, "DO": do}
     args |= {"LSE": lse, "DLSE": dlse, "DQ": dq, "DELTA": delta}
     args |= {"heads": heads, "always": k_all.shape[1], "scale": float(scale)}
-    for name, stride in zip(("q", "k", "v", "ka", "va", "o", "g", "dq"), strides, strict=True):
+    for name, stride in zip(("q", "k", "g"), strides, strict=True):
         args |= named(name, stride)
     args |= _constants(d, step, align, target, q)
     _launch(target, window_bwd_q, batch * heads * tiles * (64 // step.held), step, args | window)
 
     step = _step(target, "bwd_kv", d, q)
 
-    def keys(k: Tensor, v: Tensor, dk: Tensor, dv: Tensor) -> dict[str, Any]:
-        align, strides = strides_of(q, k, v, do, dk)
-        args = {"Q": q, "K": k, "V": v, "DO": do, "LSE": lse, "DELTA": delta, "DK": dk, "DV": dv}
-        args |= {"heads": heads, "scale": float(scale)}
-        for name, stride in zip(("q", "k", "v", "g", "dk"), strides, strict=True):
-            args |= named(name, stride)
-        return args | _constants(d, step, align, target, q)
-
+    args = {"Q": q, "DO": do, "LSE": lse, "DELTA": delta, "heads": heads, "scale": float(scale)}
+    for name, stride in zip(("q", "k", "g"), strides, strict=True):
+        args |= named(name, stride)
+    args |= _constants(d, step, align, target, q)
     programs = batch * heads * tiles * (64 // step.held)
-    _launch(target, window_bwd_kv, programs, step, keys(k, v, dk, dv) | window)
+    keys = {"K": k, "V": v, "DK": dk, "DV": dv}
+    _launch(target, window_bwd_kv, programs, step, args | keys | window)
     if always := k_all.shape[1]:
         programs = batch * heads * triton.cdiv(always, step.held)
-        args = keys(k_all, v_all, dk_all, dv_all) | {"tokens": tokens, "always": always}
-        _launch(target, window_bwd_all, programs, step, args)
+        keys = {"K": k_all, "V": v_all, "DK": dk_all, "DV": dv_all}
+        args = {name: x for name, x in args.items() if not name.startswith("k_")}
+        sizes = {"tokens": tokens, "always": always}
+        _launch(target, window_bwd_all, programs, step, args | keys | sizes)
     return dq, dk, dv, dk_all, dv_all
 
 
@@ -128,10 +127,16 @@ def _window(
     tables = lists(grid, radius, shape, q.device)
     t, y, x = (1,) * (3 - len(grid)) + grid
     st, sy, sx = (1,) * (3 - len(grid)) + TILES[len(grid)]
-    tiles = len(tables.whole)
-    args = {"STARTS": tables.starts, "WHOLE": tables.whole, "TILES": tables.tiles}
-    args |= {"MASKS": tables.masks, "BITS": tables.bits, "tiles": tiles}
-    return tiles, args | {"T": t, "Y": y, "X": x, "ST": st, "SY": sy, "SX": sx, "TILED": tiled}
+    args: dict[str, Any] = {"TABLE": tables.table, "BITS": tables.bits, "tiles": tables.tiles}
+    args |= {"T": t, "Y": y, "X": x, "ST": st, "SY": sy, "SX": sx, "TILED": tiled}
+    return tables.tiles, args
+
+
+def _alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with contiguous features and the same strides: every stride takes a register."""
+    if k.stride() != v.stride():
+        return k.contiguous(), v.contiguous()
+    return rows(k), rows(v)
 
 
 def _launch(target: Target, kernel: Any, programs: int, step: Step, args: dict[str, Any]) -> None:

@@ -42,43 +42,25 @@ def query_step(s, lse, do, k, v, delta, dq, PRECISION: tl.constexpr):
         "k_sb",
         "k_sn",
         "k_sh",
-        "v_sb",
-        "v_sn",
-        "v_sh",
-        "ka_sb",
-        "ka_sn",
-        "ka_sh",
-        "va_sb",
-        "va_sn",
-        "va_sh",
-        "o_sb",
-        "o_sn",
-        "o_sh",
         "g_sb",
         "g_sn",
         "g_sh",
-        "dq_sb",
-        "dq_sn",
-        "dq_sh",
         "scale",
     ]
 )
 def window_bwd_q(
     Q,  # [B, N, H, D]
     K,  # [B, N, H, D]
-    V,  # [B, N, H, D]
-    KA,  # [B, always, H, D]
-    VA,  # [B, always, H, D]
-    OUT,  # [B, N, H, D]
+    V,  # [B, N, H, D], strides of K
+    KA,  # [B, always, H, D], contiguous
+    VA,  # [B, always, H, D], contiguous
+    OUT,  # [B, N, H, D], contiguous
     DO,  # [B, N, H, D]
     LSE,  # [B, N, H] float32
     DLSE,  # [B, N, H] float32
-    DQ,  # [B, N, H, D]
+    DQ,  # [B, N, H, D], contiguous
     DELTA,  # [B, N, H] float32
-    STARTS,  # [tiles + 1] int32
-    WHOLE,  # [tiles] int32
-    TILES,  # [entries] int32
-    MASKS,  # [entries] int32
+    TABLE,  # [4·tiles + 2·entries] int32
     BITS,  # [masks, 64] int64
     tiles,
     heads,
@@ -92,24 +74,9 @@ def window_bwd_q(
     k_sb,
     k_sn,
     k_sh,
-    v_sb,
-    v_sn,
-    v_sh,
-    ka_sb,
-    ka_sn,
-    ka_sh,
-    va_sb,
-    va_sn,
-    va_sh,
-    o_sb,
-    o_sn,
-    o_sh,
     g_sb,
     g_sn,
     g_sh,
-    dq_sb,
-    dq_sn,
-    dq_sh,
     scale,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -127,22 +94,22 @@ def window_bwd_q(
     PARTS: tl.constexpr = 64 // BM
     STEPS: tl.constexpr = 64 // BK
     LOG2_E: tl.constexpr = 1.4426950408889634
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid % heads
-    part = (pid // heads) % PARTS
+    pid = tl.program_id(0)
+    h = (pid % heads).to(tl.int64)
+    b = (pid // heads // PARTS // tiles).to(tl.int64)
     t = pid // heads // PARTS % tiles
-    b = pid // heads // PARTS // tiles
-    i = (part * BM).to(tl.int32) + tl.arange(0, BM)  # [BM]
+    i = pid // heads % PARTS * BM + tl.arange(0, BM)  # [BM]
     d = tl.arange(0, BD)  # [BD]
     n, inside = tokens_of(t, i, T, Y, X, ST, SY, SX, TILED)
     row = (b * (T * Y * X).to(tl.int64) + n) * heads + h  # [BM]
     K += (b * k_sb + h * k_sh) * ALIGN
-    V += (b * v_sb + h * v_sh) * ALIGN
-    KA += (b * ka_sb + h * ka_sh) * ALIGN
-    VA += (b * va_sb + h * va_sh) * ALIGN
+    V += (b * k_sb + h * k_sh) * ALIGN
+    KA += (b * always * heads + h) * D
+    VA += (b * always * heads + h) * D
+    OUT += (b * (T * Y * X).to(tl.int64) * heads + h) * D
     q = rows_of(Q + (b * q_sb + h * q_sh) * ALIGN, n, inside, d, q_sn, D, ALIGN, DOT)  # [BM, BD]
     do = rows_of(DO + (b * g_sb + h * g_sh) * ALIGN, n, inside, d, g_sn, D, ALIGN, tl.float32)
-    o = rows_of(OUT + (b * o_sb + h * o_sh) * ALIGN, n, inside, d, o_sn, D, ALIGN, tl.float32)
+    o = rows_of(OUT, n, inside, d, heads * D, D, 1, tl.float32)
     delta = tl.sum(do * o, 1) - tl.load(DLSE + row, mask=inside, other=0.0)  # [BM]
     tl.store(DELTA + row, delta, mask=inside)
     lse = tl.load(LSE + row, mask=inside, other=0.0) * LOG2_E
@@ -152,36 +119,41 @@ def window_bwd_q(
     dq = tl.zeros([BM, BD], tl.float32)
     for start in range(0, always, BK):
         g = start + tl.arange(0, BK)  # [BK]
-        k = rows_of(KA, g.to(tl.int64), g < always, d, ka_sn, D, ALIGN, DOT)  # [BK, BD]
-        v = rows_of(VA, g.to(tl.int64), g < always, d, va_sn, D, ALIGN, DOT)
+        k = rows_of(KA, g.to(tl.int64), g < always, d, heads * D, D, 1, DOT)  # [BK, BD]
+        v = rows_of(VA, g.to(tl.int64), g < always, d, heads * D, D, 1, DOT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * c  # [BM, BK]
         s = tl.where((g < always)[None, :], s, float("-inf"))
         dq = query_step(s, lse, do, k, v, delta, dq, PRECISION)
 
-    first = tl.load(STARTS + t)
-    masked = first + tl.load(WHOLE + t)
-    last = tl.load(STARTS + t + 1)
+    first = tl.load(TABLE + 4 * t)
+    masked = tl.load(TABLE + 4 * t + 1)
+    last = tl.load(TABLE + 4 * t + 2)
+    LISTS = TABLE + 4 * tiles
     for step in range(first * STEPS, masked * STEPS):
         j = step % STEPS * BK + tl.arange(0, BK)  # [BK]
-        u = tl.load(TILES + step // STEPS).to(tl.int64)
+        u = tl.load(LISTS + step // STEPS * 2)
         at, there = tokens_of(u, j, T, Y, X, ST, SY, SX, TILED)
         k = rows_of(K, at, there, d, k_sn, D, ALIGN, DOT)  # [BK, BD]
-        v = rows_of(V, at, there, d, v_sn, D, ALIGN, DOT)
+        v = rows_of(V, at, there, d, k_sn, D, ALIGN, DOT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * c  # [BM, BK]
         dq = query_step(s, lse, do, k, v, delta, dq, PRECISION)
     for step in range(masked * STEPS, last * STEPS):
         j = step % STEPS * BK + tl.arange(0, BK)  # [BK]
-        u = tl.load(TILES + step // STEPS).to(tl.int64)
+        u = tl.load(LISTS + step // STEPS * 2)
         at, there = tokens_of(u, j, T, Y, X, ST, SY, SX, TILED)
         k = rows_of(K, at, there, d, k_sn, D, ALIGN, DOT)  # [BK, BD]
-        v = rows_of(V, at, there, d, v_sn, D, ALIGN, DOT)
+        v = rows_of(V, at, there, d, k_sn, D, ALIGN, DOT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * c  # [BM, BK]
-        seen = bits_of(BITS, tl.load(MASKS + step // STEPS), i, j) & there[None, :]
+        seen = bits_of(BITS, tl.load(LISTS + step // STEPS * 2 + 1), i, j) & there[None, :]
         s = tl.where(seen, s, float("-inf"))
         dq = query_step(s, lse, do, k, v, delta, dq, PRECISION)
 
-    DQ += (b * dq_sb + h * dq_sh + n[:, None] * dq_sn) * ALIGN + d[None, :]
-    tl.store(DQ, (dq * scale).to(DQ.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+    # Found again from a number that the compiler does not know, so that nothing of it takes
+    # registers during the loops.
+    n, inside = tokens_of(tl.load(TABLE + 4 * t + 3), i, T, Y, X, ST, SY, SX, TILED)
+    row = (b * (T * Y * X).to(tl.int64) + n) * heads + h
+    dq = (dq * scale).to(DQ.dtype.element_ty)
+    tl.store(DQ + row[:, None] * D + d[None, :], dq, mask=inside[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -223,31 +195,22 @@ def queries_of(
         "k_sb",
         "k_sn",
         "k_sh",
-        "v_sb",
-        "v_sn",
-        "v_sh",
         "g_sb",
         "g_sn",
         "g_sh",
-        "dk_sb",
-        "dk_sn",
-        "dk_sh",
         "scale",
     ]
 )
 def window_bwd_kv(
     Q,  # [B, N, H, D]
     K,  # [B, N, H, D]
-    V,  # [B, N, H, D]
+    V,  # [B, N, H, D], strides of K
     DO,  # [B, N, H, D]
     LSE,  # [B, N, H] float32
     DELTA,  # [B, N, H] float32
-    DK,  # [B, N, H, D]
-    DV,  # [B, N, H, D], strides of DK
-    STARTS,  # [tiles + 1] int32
-    WHOLE,  # [tiles] int32
-    TILES,  # [entries] int32
-    MASKS,  # [entries] int32
+    DK,  # [B, N, H, D], contiguous
+    DV,  # [B, N, H, D], contiguous
+    TABLE,  # [4·tiles + 2·entries] int32
     BITS,  # [masks, 64] int64
     tiles,
     heads,
@@ -260,15 +223,9 @@ def window_bwd_kv(
     k_sb,
     k_sn,
     k_sh,
-    v_sb,
-    v_sn,
-    v_sh,
     g_sb,
     g_sn,
     g_sh,
-    dk_sb,
-    dk_sn,
-    dk_sh,
     scale,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -286,29 +243,29 @@ def window_bwd_kv(
     PARTS: tl.constexpr = 64 // BM
     STEPS: tl.constexpr = 64 // BK
     LOG2_E: tl.constexpr = 1.4426950408889634
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid % heads
-    part = (pid // heads) % PARTS
+    pid = tl.program_id(0)
+    h = (pid % heads).to(tl.int64)
+    b = (pid // heads // PARTS // tiles).to(tl.int64)
     t = pid // heads // PARTS % tiles
-    b = pid // heads // PARTS // tiles
-    i = (part * BM).to(tl.int32) + tl.arange(0, BM)  # [BM]
+    i = pid // heads % PARTS * BM + tl.arange(0, BM)  # [BM]
     d = tl.arange(0, BD)  # [BD]
     n, inside = tokens_of(t, i, T, Y, X, ST, SY, SX, TILED)
     base = b * (T * Y * X).to(tl.int64) * heads + h
     Q += (b * q_sb + h * q_sh) * ALIGN
     DO += (b * g_sb + h * g_sh) * ALIGN
     k = rows_of(K + (b * k_sb + h * k_sh) * ALIGN, n, inside, d, k_sn, D, ALIGN, DOT)  # [BM, BD]
-    v = rows_of(V + (b * v_sb + h * v_sh) * ALIGN, n, inside, d, v_sn, D, ALIGN, DOT)
+    v = rows_of(V + (b * k_sb + h * k_sh) * ALIGN, n, inside, d, k_sn, D, ALIGN, DOT)
     c = scale * LOG2_E
 
     dk = tl.zeros([BM, BD], tl.float32)
     dv = tl.zeros([BM, BD], tl.float32)
-    first = tl.load(STARTS + t)
-    masked = first + tl.load(WHOLE + t)
-    last = tl.load(STARTS + t + 1)
+    first = tl.load(TABLE + 4 * t)
+    masked = tl.load(TABLE + 4 * t + 1)
+    last = tl.load(TABLE + 4 * t + 2)
+    LISTS = TABLE + 4 * tiles
     for step in range(first * STEPS, masked * STEPS):
         j = step % STEPS * BK + tl.arange(0, BK)  # [BK]
-        u = tl.load(TILES + step // STEPS).to(tl.int64)
+        u = tl.load(LISTS + step // STEPS * 2)
         at, there = tokens_of(u, j, T, Y, X, ST, SY, SX, TILED)
         q, do, lse, delta = queries_of(
             Q, DO, LSE, DELTA, at, there, d, base, heads, q_sn, g_sn, D, ALIGN, DOT
@@ -317,16 +274,19 @@ def window_bwd_kv(
         dk, dv = key_step(s, q, do, v, lse, delta, dk, dv, PRECISION)
     for step in range(masked * STEPS, last * STEPS):
         j = step % STEPS * BK + tl.arange(0, BK)  # [BK]
-        u = tl.load(TILES + step // STEPS).to(tl.int64)
+        u = tl.load(LISTS + step // STEPS * 2)
         at, there = tokens_of(u, j, T, Y, X, ST, SY, SX, TILED)
         q, do, lse, delta = queries_of(
             Q, DO, LSE, DELTA, at, there, d, base, heads, q_sn, g_sn, D, ALIGN, DOT
         )
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * c  # [BM, BK]
-        s = tl.where(bits_of(BITS, tl.load(MASKS + step // STEPS), i, j), s, float("-inf"))
+        s = tl.where(bits_of(BITS, tl.load(LISTS + step // STEPS * 2 + 1), i, j), s, float("-inf"))
         dk, dv = key_step(s, q, do, v, lse, delta, dk, dv, PRECISION)
 
-    at = (b * dk_sb + h * dk_sh + n[:, None] * dk_sn) * ALIGN + d[None, :]
+    # Found again from a number that the compiler does not know, so that nothing of it takes
+    # registers during the loops.
+    n, inside = tokens_of(tl.load(TABLE + 4 * t + 3), i, T, Y, X, ST, SY, SX, TILED)
+    at = (base + n * heads)[:, None] * D + d[None, :]
     store = inside[:, None] & (d < D)[None, :]
     tl.store(DK + at, (dk * scale).to(DK.dtype.element_ty), mask=store)
     tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=store)
@@ -340,48 +300,30 @@ def window_bwd_kv(
         "q_sb",
         "q_sn",
         "q_sh",
-        "k_sb",
-        "k_sn",
-        "k_sh",
-        "v_sb",
-        "v_sn",
-        "v_sh",
         "g_sb",
         "g_sn",
         "g_sh",
-        "dk_sb",
-        "dk_sn",
-        "dk_sh",
         "scale",
     ]
 )
 def window_bwd_all(
     Q,  # [B, N, H, D]
-    K,  # [B, always, H, D]
-    V,  # [B, always, H, D]
+    K,  # [B, always, H, D], contiguous
+    V,  # [B, always, H, D], contiguous
     DO,  # [B, N, H, D]
     LSE,  # [B, N, H] float32
     DELTA,  # [B, N, H] float32
-    DK,  # [B, always, H, D]
-    DV,  # [B, always, H, D], strides of DK
+    DK,  # [B, always, H, D], contiguous, contiguous
+    DV,  # [B, always, H, D], contiguous, strides of DK
     tokens,
     heads,
     always,
     q_sb,
     q_sn,
     q_sh,
-    k_sb,
-    k_sn,
-    k_sh,
-    v_sb,
-    v_sn,
-    v_sh,
     g_sb,
     g_sn,
     g_sh,
-    dk_sb,
-    dk_sn,
-    dk_sh,
     scale,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -393,31 +335,32 @@ def window_bwd_all(
 ):
     """dk and dv of BM keys that everyone sees, of one head."""
     LOG2_E: tl.constexpr = 1.4426950408889634
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid % heads
-    block = (pid // heads) % tl.cdiv(always, BM)
-    b = pid // heads // tl.cdiv(always, BM)
-    n = block * BM + tl.arange(0, BM)  # [BM]
+    pid = tl.program_id(0)
+    h = (pid % heads).to(tl.int64)
+    b = (pid // heads // tl.cdiv(always, BM)).to(tl.int64)
+    n = (pid // heads % tl.cdiv(always, BM) * BM + tl.arange(0, BM)).to(tl.int64)  # [BM]
     d = tl.arange(0, BD)  # [BD]
     base = b * tokens.to(tl.int64) * heads + h
     Q += (b * q_sb + h * q_sh) * ALIGN
     DO += (b * g_sb + h * g_sh) * ALIGN
     inside = n < always
-    k = rows_of(K + (b * k_sb + h * k_sh) * ALIGN, n, inside, d, k_sn, D, ALIGN, DOT)  # [BM, BD]
-    v = rows_of(V + (b * v_sb + h * v_sh) * ALIGN, n, inside, d, v_sn, D, ALIGN, DOT)
+    K += (b * always * heads + h) * D
+    V += (b * always * heads + h) * D
+    k = rows_of(K, n, inside, d, heads * D, D, 1, DOT)  # [BM, BD]
+    v = rows_of(V, n, inside, d, heads * D, D, 1, DOT)
     c = scale * LOG2_E
 
     dk = tl.zeros([BM, BD], tl.float32)
     dv = tl.zeros([BM, BD], tl.float32)
     for start in range(0, tokens, BK):
-        at = (start + tl.arange(0, BK)).to(tl.int64)  # [BK]
+        g = (start + tl.arange(0, BK)).to(tl.int64)  # [BK]
         q, do, lse, delta = queries_of(
-            Q, DO, LSE, DELTA, at, at < tokens, d, base, heads, q_sn, g_sn, D, ALIGN, DOT
+            Q, DO, LSE, DELTA, g, g < tokens, d, base, heads, q_sn, g_sn, D, ALIGN, DOT
         )
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * c  # [BM, BK]
         dk, dv = key_step(s, q, do, v, lse, delta, dk, dv, PRECISION)
 
-    at = (b * dk_sb + h * dk_sh + n[:, None] * dk_sn) * ALIGN + d[None, :]
+    at = ((b * always + n) * heads + h)[:, None] * D + d[None, :]
     store = inside[:, None] & (d < D)[None, :]
     tl.store(DK + at, (dk * scale).to(DK.dtype.element_ty), mask=store)
     tl.store(DV + at, dv.to(DV.dtype.element_ty), mask=store)

@@ -7,9 +7,10 @@ Tensors are sequence first, heads last. A program holds `BM` tokens of a tile of
 (`triton_lists`) that lie within its window as a whole, then those that need a mask. Where a token
 lies in memory is arithmetic on its tile, in raster order and in tile order alike.
 
-The conventions are those of the linear kernels: one grid axis that is int64 at once, strides
-divided by the constexpr `ALIGN`, no run-time integer specialised on, tiles upcast on load, and
-operands of a product rounded to `DOT`. Scores are in units of log 2.
+The conventions are those of the linear kernels: one grid axis, strides divided by the constexpr
+`ALIGN`, no run-time integer specialised on, tiles upcast on load, and operands of a product rounded
+to `DOT`. What says which token is int32, and int64 before it meets a stride: arithmetic on int64
+scalars spills on AMD. Scores are in units of log 2.
 
 These kernels have been compiled for sm_80, sm_90, sm_100 and gfx942 and interpreted on a CPU; they
 have never run on a GPU.
@@ -26,9 +27,9 @@ def tokens_of(t, j, T, Y, X, ST: tl.constexpr, SY: tl.constexpr, SX: tl.constexp
     x0 = t % tl.cdiv(X, SX) * SX
     y0 = t // tl.cdiv(X, SX) % tl.cdiv(Y, SY) * SY
     t0 = t // tl.cdiv(X, SX) // tl.cdiv(Y, SY) * ST
-    jt = (j // (SY * SX)).to(tl.int64)
-    jy = (j // SX % SY).to(tl.int64)
-    jx = (j % SX).to(tl.int64)
+    jt = j // (SY * SX)
+    jy = j // SX % SY
+    jx = j % SX
     inside = (jt < T - t0) & (jy < Y - y0) & (jx < X - x0)
     if TILED:
         dt = tl.minimum(ST, T - t0)
@@ -37,7 +38,7 @@ def tokens_of(t, j, T, Y, X, ST: tl.constexpr, SY: tl.constexpr, SX: tl.constexp
         n = t0 * Y * X + dt * (y0 * X + dy * x0) + (jt * dy + jy) * dx + jx
     else:
         n = ((t0 + jt) * Y + y0 + jy) * X + x0 + jx
-    return n, inside
+    return n.to(tl.int64), inside
 
 
 @triton.jit
@@ -82,33 +83,18 @@ def softmax_step(s, v, m, z, acc, PRECISION: tl.constexpr):
         "k_sb",
         "k_sn",
         "k_sh",
-        "v_sb",
-        "v_sn",
-        "v_sh",
-        "ka_sb",
-        "ka_sn",
-        "ka_sh",
-        "va_sb",
-        "va_sn",
-        "va_sh",
-        "o_sb",
-        "o_sn",
-        "o_sh",
         "scale",
     ]
 )
 def window_fwd(
     Q,  # [B, N, H, D]
     K,  # [B, N, H, D]
-    V,  # [B, N, H, D]
-    KA,  # [B, always, H, D]
-    VA,  # [B, always, H, D]
-    OUT,  # [B, N, H, D]
+    V,  # [B, N, H, D], strides of K
+    KA,  # [B, always, H, D], contiguous
+    VA,  # [B, always, H, D], contiguous
+    OUT,  # [B, N, H, D], contiguous
     LSE,  # [B, N, H] float32
-    STARTS,  # [tiles + 1] int32
-    WHOLE,  # [tiles] int32
-    TILES,  # [entries] int32
-    MASKS,  # [entries] int32
+    TABLE,  # [4·tiles + 2·entries] int32
     BITS,  # [masks, 64] int64
     tiles,
     heads,
@@ -122,18 +108,6 @@ def window_fwd(
     k_sb,
     k_sn,
     k_sh,
-    v_sb,
-    v_sn,
-    v_sh,
-    ka_sb,
-    ka_sn,
-    ka_sh,
-    va_sb,
-    va_sn,
-    va_sh,
-    o_sb,
-    o_sn,
-    o_sh,
     scale,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -151,18 +125,17 @@ def window_fwd(
     PARTS: tl.constexpr = 64 // BM  # programs that share a tile
     STEPS: tl.constexpr = 64 // BK  # steps through a listed tile
     LOG2_E: tl.constexpr = 1.4426950408889634
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid % heads  # fastest: the heads of a token are neighbours in memory
-    part = (pid // heads) % PARTS
+    pid = tl.program_id(0)
+    h = (pid % heads).to(tl.int64)  # fastest: the heads of a token are neighbours in memory
+    b = (pid // heads // PARTS // tiles).to(tl.int64)
     t = pid // heads // PARTS % tiles
-    b = pid // heads // PARTS // tiles
-    i = (part * BM).to(tl.int32) + tl.arange(0, BM)  # [BM]
+    i = pid // heads % PARTS * BM + tl.arange(0, BM)  # [BM]
     d = tl.arange(0, BD)  # [BD]
     n, inside = tokens_of(t, i, T, Y, X, ST, SY, SX, TILED)
     K += (b * k_sb + h * k_sh) * ALIGN
-    V += (b * v_sb + h * v_sh) * ALIGN
-    KA += (b * ka_sb + h * ka_sh) * ALIGN
-    VA += (b * va_sb + h * va_sh) * ALIGN
+    V += (b * k_sb + h * k_sh) * ALIGN
+    KA += (b * always * heads + h) * D
+    VA += (b * always * heads + h) * D
     q = rows_of(Q + (b * q_sb + h * q_sh) * ALIGN, n, inside, d, q_sn, D, ALIGN, DOT)  # [BM, BD]
     c = scale * LOG2_E
 
@@ -171,37 +144,40 @@ def window_fwd(
     acc = tl.zeros([BM, BD], tl.float32)
     for start in range(0, always, BK):
         g = start + tl.arange(0, BK)  # [BK]
-        k = rows_of(KA, g.to(tl.int64), g < always, d, ka_sn, D, ALIGN, DOT)  # [BK, BD]
-        v = rows_of(VA, g.to(tl.int64), g < always, d, va_sn, D, ALIGN, DOT)
+        k = rows_of(KA, g.to(tl.int64), g < always, d, heads * D, D, 1, DOT)  # [BK, BD]
+        v = rows_of(VA, g.to(tl.int64), g < always, d, heads * D, D, 1, DOT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * c  # [BM, BK]
         s = tl.where((g < always)[None, :], s, float("-inf"))
         m, z, acc = softmax_step(s, v, m, z, acc, PRECISION)
 
-    first = tl.load(STARTS + t)
-    masked = first + tl.load(WHOLE + t)
-    last = tl.load(STARTS + t + 1)
+    first = tl.load(TABLE + 4 * t)
+    masked = tl.load(TABLE + 4 * t + 1)
+    last = tl.load(TABLE + 4 * t + 2)
+    LISTS = TABLE + 4 * tiles
     for step in range(first * STEPS, masked * STEPS):
         j = step % STEPS * BK + tl.arange(0, BK)  # [BK]
-        u = tl.load(TILES + step // STEPS).to(tl.int64)
+        u = tl.load(LISTS + step // STEPS * 2)
         at, there = tokens_of(u, j, T, Y, X, ST, SY, SX, TILED)
         k = rows_of(K, at, there, d, k_sn, D, ALIGN, DOT)  # [BK, BD]
-        v = rows_of(V, at, there, d, v_sn, D, ALIGN, DOT)
+        v = rows_of(V, at, there, d, k_sn, D, ALIGN, DOT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * c  # [BM, BK]
         m, z, acc = softmax_step(s, v, m, z, acc, PRECISION)
     for step in range(masked * STEPS, last * STEPS):
         j = step % STEPS * BK + tl.arange(0, BK)  # [BK]
-        u = tl.load(TILES + step // STEPS).to(tl.int64)
+        u = tl.load(LISTS + step // STEPS * 2)
         at, there = tokens_of(u, j, T, Y, X, ST, SY, SX, TILED)
         k = rows_of(K, at, there, d, k_sn, D, ALIGN, DOT)  # [BK, BD]
-        v = rows_of(V, at, there, d, v_sn, D, ALIGN, DOT)
+        v = rows_of(V, at, there, d, k_sn, D, ALIGN, DOT)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * c  # [BM, BK]
-        seen = bits_of(BITS, tl.load(MASKS + step // STEPS), i, j) & there[None, :]
+        seen = bits_of(BITS, tl.load(LISTS + step // STEPS * 2 + 1), i, j) & there[None, :]
         s = tl.where(seen, s, float("-inf"))
         m, z, acc = softmax_step(s, v, m, z, acc, PRECISION)
 
+    # Found again from a number that the compiler does not know, so that nothing of it takes
+    # registers during the loops.
+    n, inside = tokens_of(tl.load(TABLE + 4 * t + 3), i, T, Y, X, ST, SY, SX, TILED)
     # Every token sees itself: z is not zero.
     o = (acc / z[:, None]).to(OUT.dtype.element_ty)
-    OUT += (b * o_sb + h * o_sh + n[:, None] * o_sn) * ALIGN + d[None, :]
-    tl.store(OUT, o, mask=inside[:, None] & (d < D)[None, :])
-    lse = (m + tl.log2(z)) / LOG2_E
-    tl.store(LSE + (b * (T * Y * X).to(tl.int64) + n) * heads + h, lse, mask=inside)
+    row = (b * (T * Y * X).to(tl.int64) + n) * heads + h  # [BM]
+    tl.store(OUT + row[:, None] * D + d[None, :], o, mask=inside[:, None] & (d < D)[None, :])
+    tl.store(LSE + row, (m + tl.log2(z)) / LOG2_E, mask=inside)

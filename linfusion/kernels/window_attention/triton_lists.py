@@ -20,21 +20,24 @@ from linfusion.kernels.window_attention.order import TILES
 class Lists(NamedTuple):
     """For each tile the tiles in its window, first those seen whole, then those seen in part.
 
+    A tile is seen whole if no pair of tokens is too far apart and it does not stick out of the
+    grid: it needs no mask.
+
     Attributes:
-        starts: where the list of each tile starts, [tiles + 1] int32.
-        whole: how many at its start need no mask: no pair of tokens is too far apart, and the
-            listed tile does not stick out of the grid. [tiles] int32.
-        tiles: the lists, one after the other, int32.
-        masks: which mask each entry needs, int32.
+        table: int32. For each tile four numbers: where its list starts, where the entries start
+            that need a mask, where it ends, and the tile itself. Then the lists, one after the
+            other, two numbers an entry: the listed tile, and its mask.
         bits: bit j of word [mask, i] says whether token i of a tile sees token j of the listed
             tile. [masks, 64] int64.
+        tiles: how many there are.
+        whole: how many entries there are without a mask, and `part` with one.
     """
 
-    starts: Tensor
-    whole: Tensor
-    tiles: Tensor
-    masks: Tensor
+    table: Tensor
     bits: Tensor
+    tiles: int
+    whole: int
+    part: int
 
 
 @lru_cache(maxsize=8)
@@ -69,16 +72,20 @@ def lists(grid: tuple[int, ...], radius: float, shape: str, device: torch.device
     kind = torch.where(whole, 0, torch.where(there, 1, 2))
     order = kind.argsort(dim=1, stable=True)
     listed = there.gather(1, order)
-    starts = torch.zeros(len(places) + 1, dtype=torch.int32)
-    starts[1:] = there.sum(1).cumsum(0)
-    result = Lists(
-        starts=starts,
-        whole=whole.sum(1).int(),
-        tiles=index.gather(1, order)[listed].int(),
-        masks=order[listed].int(),
-        bits=_bits(moves, tile, radius, shape),
+    ends = there.sum(1).cumsum(0)
+    starts = ends - there.sum(1)
+    itself = torch.arange(len(places))
+    ranges = torch.stack([starts, starts + whole.sum(1), ends, itself], 1)
+    entries = torch.stack([index.gather(1, order)[listed], order[listed]], 1)
+    table = torch.cat([ranges.flatten(), entries.flatten()]).int()
+    unmasked = int(whole.sum())
+    return Lists(
+        table=table.to(device),
+        bits=_bits(moves, tile, radius, shape).to(device),
+        tiles=len(places),
+        whole=unmasked,
+        part=len(entries) - unmasked,
     )
-    return Lists(*(x.to(device) for x in result))
 
 
 def _bits(moves: list[tuple[int, ...]], tile: tuple[int, ...], radius: float, shape: str) -> Tensor:
