@@ -102,8 +102,6 @@ def window_bwd_q(
     d = tl.arange(0, BD)  # [BD]
     n, inside = tokens_of(t, i, T, Y, X, ST, SY, SX, TILED)
     row = (b * (T * Y * X).to(tl.int64) + n) * heads + h  # [BM]
-    K += (b * k_sb + h * k_sh) * ALIGN
-    V += (b * k_sb + h * k_sh) * ALIGN
     KA += (b * always * heads + h) * D
     VA += (b * always * heads + h) * D
     OUT += (b * (T * Y * X).to(tl.int64) * heads + h) * D
@@ -125,6 +123,8 @@ def window_bwd_q(
         s = tl.where((g < always)[None, :], s, float("-inf"))
         dq = query_step(s, lse, do, k, v, delta, dq, PRECISION)
 
+    K += (b * k_sb + h * k_sh) * ALIGN
+    V += (b * k_sb + h * k_sh) * ALIGN
     first = tl.load(TABLE + 4 * t)
     masked = tl.load(TABLE + 4 * t + 1)
     last = tl.load(TABLE + 4 * t + 2)

@@ -132,8 +132,6 @@ def window_fwd(
     i = pid // heads % PARTS * BM + tl.arange(0, BM)  # [BM]
     d = tl.arange(0, BD)  # [BD]
     n, inside = tokens_of(t, i, T, Y, X, ST, SY, SX, TILED)
-    K += (b * k_sb + h * k_sh) * ALIGN
-    V += (b * k_sb + h * k_sh) * ALIGN
     KA += (b * always * heads + h) * D
     VA += (b * always * heads + h) * D
     q = rows_of(Q + (b * q_sb + h * q_sh) * ALIGN, n, inside, d, q_sn, D, ALIGN, DOT)  # [BM, BD]
@@ -150,6 +148,8 @@ def window_fwd(
         s = tl.where((g < always)[None, :], s, float("-inf"))
         m, z, acc = softmax_step(s, v, m, z, acc, PRECISION)
 
+    K += (b * k_sb + h * k_sh) * ALIGN
+    V += (b * k_sb + h * k_sh) * ALIGN
     first = tl.load(TABLE + 4 * t)
     masked = tl.load(TABLE + 4 * t + 1)
     last = tl.load(TABLE + 4 * t + 2)
@@ -176,7 +176,7 @@ def window_fwd(
     # Found again from a number that the compiler does not know, so that nothing of it takes
     # registers during the loops.
     n, inside = tokens_of(tl.load(TABLE + 4 * t + 3), i, T, Y, X, ST, SY, SX, TILED)
-    # Every token sees itself: z is not zero.
+    z = tl.where(inside, z, 1.0)  # a token that exists sees itself, others may see none
     o = (acc / z[:, None]).to(OUT.dtype.element_ty)
     row = (b * (T * Y * X).to(tl.int64) + n) * heads + h  # [BM]
     tl.store(OUT + row[:, None] * D + d[None, :], o, mask=inside[:, None] & (d < D)[None, :])
