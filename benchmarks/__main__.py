@@ -14,12 +14,15 @@ from benchmarks.highres import highres
 from benchmarks.linear import core, layer, scaling
 from benchmarks.measure import HEADER, Row, keep, line, machine
 from benchmarks.unet import SIZES, unet
+from benchmarks.window import flex, softmax
+from benchmarks.window import scaling as window_scaling
 
 BENCHMARKS = {
     "linear": (core, layer),
     "scaling": (scaling,),
     "unet": (unet,),
     "highres": (highres,),
+    "window": (flex, softmax, window_scaling),
 }
 
 

@@ -5,8 +5,8 @@
 
 A kernel fails on a spilled register, on more shared memory than the chip has, and on 2-byte
 loads of q, k, v or their gradients. What is compiled is what the library launches: the launches
-are collected from `linfusion.kernels.linear_attention.triton` itself, with tensors on the meta
-device. Nothing runs, so nothing here is a time.
+are collected from `triton.py` of each family of kernels itself, with tensors on the meta device.
+Nothing runs, so nothing here is a time.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from benchmarks import aot_window
+
 if TYPE_CHECKING:
-    from linfusion.kernels.linear_attention.triton import Launch
+    from linfusion.kernels.launch import Launch
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels-aot.md"
 HEAD_DIMS = (40, 64, 80, 128, 160)
@@ -131,6 +133,7 @@ def compile_launch(name: str, launch: Launch, chip_name: str, d: int, dtype: str
 
     chip = CHIPS[chip_name]
     types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+    types |= {torch.int32: "*i32", torch.int64: "*i64"}
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.args[parameter.name]
@@ -150,9 +153,11 @@ def compile_launch(name: str, launch: Launch, chip_name: str, d: int, dtype: str
     )
     read = _read_cuda if chip.vendor == "cuda" else _read_hip
     registers, spills, mma, loads = read(compiled.asm)
-    hbm, issued, minimum = traffic(launch)
+    of_window = name.startswith("window")
+    hbm, issued, minimum = aot_window.traffic(launch) if of_window else traffic(launch)
     options = launch.options
-    tile = "×".join(str(launch.args[x]) for x in ("BN", "BD", "BE", "BLOCK") if x in launch.args)
+    sizes = ("BM", "BK", "BD") if of_window else ("BN", "BD", "BE", "BLOCK")
+    tile = "×".join(str(launch.args[x]) for x in sizes if x in launch.args)
     return Report(
         chip=chip_name,
         dtype=dtype,
@@ -242,10 +247,10 @@ def compile_all(job: tuple[str, int, str]) -> tuple[tuple[str, int, str], list[R
     """One chip, head size and dtype."""
     chip, d, dtype = job
     start = time.perf_counter()
-    reports = [
-        compile_launch(name, launch, chip, d, dtype)
-        for name, launch in launches(CHIPS[chip], d, dtype)
-    ]
+    wanted = launches(CHIPS[chip], d, dtype)
+    if d in aot_window.HEAD_DIMS:
+        wanted += aot_window.launches(CHIPS[chip], d, dtype)
+    reports = [compile_launch(name, launch, chip, d, dtype) for name, launch in wanted]
     return job, reports, time.perf_counter() - start
 
 
@@ -253,21 +258,25 @@ def page(reports: list[Report]) -> str:
     """The table for the docs."""
     import triton
 
+    windows = [r for r in reports if r.kernel.startswith("window")]
+    reports = [r for r in reports if not r.kernel.startswith("window")]
     lines = [
         "# Kernels, compiled ahead of time",
         "",
-        "`make aot` writes this page. It compiles each Triton kernel of linear attention for four "
+        "`make aot` writes this page. It compiles each Triton kernel for four "
         "GPUs without having one, and fails on a spilled register, on shared memory above the "
         "chip's limit and on 2-byte loads of q, k, v.",
         "",
         "**These kernels have never run on a GPU.** They are compared with the reference in "
         "Triton's interpreter; their speed is unknown, and nothing on this page is a time.",
         "",
-        f"Triton {triton.__version__}; feature map elu + 1, mean normaliser; bytes for "
-        f"batch {BATCH}, {TOKENS} tokens, {HEADS} heads. *Tile* is tokens × columns of q or k × "
-        "columns of v, warps and pipeline stages. *HBM* counts every tensor of the launch once, "
-        "*issued* every load and store of its programs, re-reads from cache included; both are "
-        "relative to the bytes of q, k, v, o and their gradients that the kernel has to touch.",
+        f"Triton {triton.__version__}. Of linear attention: feature map elu + 1, mean normaliser; "
+        f"bytes for batch {BATCH}, {TOKENS} tokens, {HEADS} heads. *Tile* is tokens × columns of q "
+        "or k × columns of v, warps and pipeline stages. *HBM* counts every tensor of the launch "
+        "once, *issued* every load and store of its programs, re-reads from cache included; both "
+        "are relative to the bytes of q, k, v, o and their gradients that the kernel has to touch.",
+        "",
+        "# Linear attention",
         "",
         "## Bytes of a whole pass",
         "",
@@ -304,7 +313,7 @@ def page(reports: list[Report]) -> str:
                 f"| {r.dtype} | {r.d} | {r.kernel} | {r.tile} | {r.registers} | {r.spills} "
                 f"| {r.shared} | {r.mma or '–'} | {loads} | {bytes_[0]} | {bytes_[1]} |"
             )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + aot_window.section(windows)) + "\n"
 
 
 def _grouped(reports: list[Report]) -> dict[tuple[str, str, int], list[Report]]:

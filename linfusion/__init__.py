@@ -10,9 +10,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from linfusion.attention.clear import CLEARProcessor
     from linfusion.attention.linfusion import LinFusionProcessor
     from linfusion.fuse import fuse, unfuse
-    from linfusion.kernels import linear_attention
+    from linfusion.kernels import linear_attention, window_attention
     from linfusion.linearize import linearize, restore
     from linfusion.pipelines.highres import HighResPipeline
     from linfusion.summary import summary
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "CLEARProcessor": "linfusion.attention.clear",
     "HighResPipeline": "linfusion.pipelines.highres",
     "LinFusion": "linfusion.weights",
     "LinFusionProcessor": "linfusion.attention.linfusion",
@@ -30,9 +32,11 @@ _HOME = {
     "restore": "linfusion.linearize",
     "summary": "linfusion.summary",
     "unfuse": "linfusion.fuse",
+    "window_attention": "linfusion.kernels",
 }
 
 __all__ = [
+    "CLEARProcessor",
     "HighResPipeline",
     "LinFusion",
     "LinFusionProcessor",
@@ -43,6 +47,7 @@ __all__ = [
     "restore",
     "summary",
     "unfuse",
+    "window_attention",
 ]
 
 

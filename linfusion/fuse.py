@@ -35,6 +35,8 @@ def fuse(model_or_pipe: Any) -> Any:
             " before linfusion.fuse"
         )
     mechanism = get_method(record.method)
+    if mechanism.fused is None or mechanism.fused_name is None:
+        raise ValueError(f"model_or_pipe: method {record.method!r} has nothing to fuse")
     with lifted(model):
         fused = {}
         for path in record.layers:
@@ -73,7 +75,7 @@ def unfuse(model_or_pipe: Any) -> Any:
     """
     model = model_of(model_or_pipe)
     record = record_of(model)
-    name = get_method(record.method).fused_name if record else ""
+    name = (get_method(record.method).fused_name or "") if record else ""
     layers = [model.get_submodule(path) for path in record.layers] if record else []
     if not any(name in layer._modules for layer in layers):
         raise ValueError(

@@ -33,6 +33,7 @@ class Record:
 
     method: str
     layers: dict[str, TakenLayer]
+    settings: dict[str, Any]
     fresh: bool = False  # nothing was loaded
     warned: set[str] = field(default_factory=set)
 
@@ -78,21 +79,13 @@ def mark(model: nn.Module, value: dict[str, Any] | None) -> None:
     model.__dict__["_internal_dict"] = marked
 
 
-def candidates(model: nn.Module, method: str) -> dict[str, Attention]:
+def candidates(model: nn.Module, method: str) -> dict[str, Any]:
     """The layers that `method` may take, by path.
 
     Raises:
         ValueError: the model has none.
     """
-    from linfusion.attention.base import self_attention
-
-    found = self_attention(model, processor=get_method(method).processor)
-    if not found:
-        raise ValueError(
-            f"model_or_pipe: {type(model).__name__} has no self-attention of diffusers' class"
-            " Attention with a plain processor, so nothing to make linear"
-        )
-    return found
+    return get_method(method).layers(model)
 
 
 def select(paths: Sequence[str], layers: str | Iterable[str]) -> list[str]:
@@ -127,7 +120,8 @@ def tokens_at(model: nn.Module, path: str, size: tuple[int, int]) -> int:
     config: Any = getattr(model, "config", {})
     height, width = size
     blocks = config.get("block_out_channels")
-    patch = config.get("patch_size")
+    # FLUX: its pipelines pack 2×2 latents into a token, which its patch_size does not say.
+    patch = 2 if "axes_dims_rope" in config else config.get("patch_size")
     if blocks is not None and re.match(r"(down_blocks|up_blocks|mid_block)\b", path):
         last = len(blocks) - 1
         head, *rest = path.split(".")
@@ -144,8 +138,13 @@ def tokens_at(model: nn.Module, path: str, size: tuple[int, int]) -> int:
 
 
 def projections(attn: Attention) -> dict[str, nn.Linear]:
-    """to_q, to_k, to_v and to_out.0 of a layer; what LoRA wraps, rather than its wrapper."""
-    names = ("to_q", "to_k", "to_v", "to_out.0")
+    """to_q, to_k, to_v and, where there is one, to_out.0 of a layer.
+
+    They are what LoRA wraps, rather than its wrapper.
+    """
+    names = ["to_q", "to_k", "to_v"]
+    if getattr(attn, "to_out", None) is not None:  # a single block of FLUX has none
+        names.append("to_out.0")
     modules: dict[str, Any] = {name: attn.get_submodule(name) for name in names}
     return {name: getattr(module, "base_layer", module) for name, module in modules.items()}
 

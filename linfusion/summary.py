@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from linfusion.attention import get_method
+from torch import nn
+
+from linfusion.attention import get_method, names
+from linfusion.attention.base import Method
 from linfusion.layers import candidates, model_of, record_of
 
 
@@ -76,13 +79,14 @@ def summary(model_or_pipe: Any) -> Summary:
     """
     model = model_of(model_or_pipe)
     record = record_of(model)
-    mechanism = get_method(record.method if record else "linfusion")
+    mechanism = get_method(record.method) if record else _first_that_fits(model)
     taken = record.layers if record else {}
+    found = candidates(model, mechanism.name)
+    settings = mechanism.settings(list(found), None, {}) | (record.settings if record else {})
     layers, fused = [], False
-    for path, attn in candidates(model, mechanism.name).items():
+    for path, attn in found.items():
         child = getattr(attn, mechanism.name, None) if path in taken else None
-        mid = getattr(child, "projection_mid_dim", None)
-        fused = fused or hasattr(attn, mechanism.fused_name)
+        fused = fused or hasattr(attn, mechanism.fused_name or "")
         layers.append(
             LayerSummary(
                 path=path,
@@ -91,7 +95,24 @@ def summary(model_or_pipe: Any) -> Summary:
                 heads=attn.heads,
                 parameters=sum(p.numel() for p in child.parameters()) if child else 0,
                 state_bytes=mechanism.state_bytes(attn),
-                break_even_tokens=mechanism.break_even_tokens(attn, mid),
+                break_even_tokens=mechanism.break_even_tokens(attn, settings[path]),
             )
         )
     return Summary(type(model).__name__, record.method if record else None, fused, layers)
+
+
+def _first_that_fits(model: nn.Module) -> Method:
+    """The first mechanism that takes layers of this model.
+
+    Raises:
+        ValueError: none does; the message has the reason of each.
+    """
+    reasons = []
+    for name in names():
+        try:
+            candidates(model, name)
+        except ValueError as error:
+            reasons.append(f"{name}: {str(error).removeprefix('model_or_pipe: ')}")
+        else:
+            return get_method(name)
+    raise ValueError("model_or_pipe: no method fits. " + "; ".join(reasons))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from linfusion.attention.linfusion import (
-    NAME,
-    FeatureMap,
-    from_numbered,
-    numbered_layer,
-    to_numbered,
-)
+from linfusion.attention import get_method
+from linfusion.attention.linfusion import NAME, from_numbered, numbered_layer, to_numbered
+from linfusion.entries import Difference, Entry, differences, holder, place
 from linfusion.layers import MARKER, candidates, model_of, projections, record_of, shorten
 from linfusion.offload import lifted
 
@@ -34,56 +29,6 @@ PUBLISHED = {
 }
 
 LAYOUTS = ("numbered", "paths")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One layer of a checkpoint's `modules_list`."""
-
-    path: str
-    dim: int
-    heads: int
-    mid: int | None
-    inner_dim: int
-    bias: bool
-
-    @classmethod
-    def read(cls, item: Mapping[str, Any] | Sequence[Any]) -> Entry:
-        """From the published object form, or from the older list form [name, dim, heads]."""
-        entry = None
-        if isinstance(item, Mapping) and {"module_name", "dim_n", "heads"} <= set(item):
-            dim = item["dim_n"]
-            entry = cls(
-                path=item["module_name"],
-                dim=dim,
-                heads=item["heads"],
-                mid=item.get("projection_mid_dim"),
-                inner_dim=item.get("inner_dim", dim),
-                bias=item.get("bias", False),
-            )
-        elif isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 3:
-            path, dim, heads = item
-            entry = cls(path, dim, heads, None, dim, False)
-        if entry and isinstance(entry.path, str) and {type(entry.dim), type(entry.heads)} == {int}:
-            return entry
-        raise ValueError(
-            "modules_list: expected objects with module_name, dim_n and heads, or lists"
-            f" [name, dim, heads]; got {item!r}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The published form; our two extra keys only where they say something."""
-        item: dict[str, Any] = {
-            "dim_n": self.dim,
-            "heads": self.heads,
-            "module_name": self.path,
-            "projection_mid_dim": self.mid,
-        }
-        if self.inner_dim != self.dim:
-            item["inner_dim"] = self.inner_dim
-        if self.bias:
-            item["bias"] = True
-        return item
 
 
 class LinFusion(ModelMixin, ConfigMixin):
@@ -100,6 +45,9 @@ class LinFusion(ModelMixin, ConfigMixin):
         attention_weights: whether to_q, to_k, to_v and to_out are part of it; the authors' files
             always have them.
         method: the mechanism, for `linfusion.linearize`.
+        rank: where attention weights are stored as a difference of that rank to those of the base
+            model (`linfusion.lowrank`); None stores them in full.
+        rank_error: what that lost: |Δ - B A| / |Δ|, over all layers.
     """
 
     @register_to_config
@@ -109,6 +57,8 @@ class LinFusion(ModelMixin, ConfigMixin):
         layout: str = "numbered",
         attention_weights: bool = True,
         method: str = NAME,
+        rank: int | None = None,
+        rank_error: float | None = None,
     ) -> None:
         super().__init__()
         if layout not in LAYOUTS:
@@ -117,24 +67,25 @@ class LinFusion(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"modules_list: expected a list of layers in config.json, got {modules_list!r}"
             )
+        mechanism = get_method(method)
+        if layout == "numbered" and (method != NAME or rank is not None):
+            raise ValueError(
+                f"layout: 'numbered' holds students of method {NAME!r} in full, not"
+                f" {method!r}{'' if rank is None else f' of rank {rank}'}"
+            )
         for index, entry in enumerate(self.entries):
             if layout == "numbered":
-                self.add_module(
-                    str(index), numbered_layer(entry.dim, entry.inner_dim, entry.mid, entry.bias)
-                )
+                layer = numbered_layer(entry.dim, entry.inner_dim, entry.setting, entry.bias)
+                self.add_module(str(index), layer)
                 continue
-            layer = nn.Module()
-            layer.add_module(NAME, FeatureMap(entry.dim, entry.mid))
-            if attention_weights:
-                for name in ("to_q", "to_k", "to_v"):
-                    layer.add_module(name, nn.Linear(entry.dim, entry.inner_dim, bias=entry.bias))
-                layer.to_out = nn.ModuleList([nn.Linear(entry.inner_dim, entry.dim)])
-            _place(self, entry.path, layer)
+            layer = holder(entry, mechanism, attention_weights=attention_weights, rank=rank)
+            place(self, entry.path, layer)
 
     @property
     def entries(self) -> list[Entry]:
         config: Any = self.config
-        return [Entry.read(item) for item in config.modules_list]
+        key = get_method(config.method).setting_key
+        return [Entry.read(item, key) for item in config.modules_list]
 
     @property
     def layout(self) -> str:
@@ -281,7 +232,7 @@ def learned(model_or_pipe: Any, *, attention_weights: bool | None = None) -> Lin
     Args:
         model_or_pipe: linearized before.
         attention_weights: whether to take to_q, to_k, to_v and to_out as well; by default where
-            they are not the base model's own.
+            they are not the base model's own, and for methods that train little else ("clear").
 
     Raises:
         ValueError: the model is not linearized.
@@ -291,10 +242,12 @@ def learned(model_or_pipe: Any, *, attention_weights: bool | None = None) -> Lin
     if record is None:
         raise ValueError(f"model_or_pipe: {type(model).__name__} is not linearized")
     if attention_weights is None:
-        attention_weights = any(layer.base_weights for layer in record.layers.values())
+        attention_weights = get_method(record.method).projections or any(
+            layer.base_weights for layer in record.layers.values()
+        )
     with torch.device("meta"):
         side = LinFusion(
-            modules_list=_modules_list(model),
+            modules_list=modules_list(model, record.method, record.settings),
             layout="paths",
             attention_weights=attention_weights,
             method=record.method,
@@ -302,12 +255,11 @@ def learned(model_or_pipe: Any, *, attention_weights: bool | None = None) -> Lin
     for path in record.layers:
         attn: Any = model.get_submodule(path)
         layer = side.get_submodule(path)
-        layer.add_module(NAME, attn.get_submodule(NAME))
+        layer.add_module(record.method, attn.get_submodule(record.method))
         if attention_weights:
-            linears = projections(attn)
-            for name in ("to_q", "to_k", "to_v"):
-                layer.add_module(name, linears[name])
-            layer.to_out = nn.ModuleList([linears["to_out.0"]])
+            for name, linear in projections(attn).items():
+                parent, _, leaf = name.rpartition(".")
+                layer.get_submodule(parent).add_module(leaf, linear)
     return side.train(model.training)
 
 
@@ -374,20 +326,18 @@ def from_saved_model(model: nn.Module) -> LinFusion:
     """
     config: Any = model.config
     marker, source = config[MARKER], config.get("_name_or_path")
+    method = marker["method"]
     files = sorted(Path(source).glob("*.safetensors")) if source else []
     state: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if f".{NAME}." in name]  # noqa: SIM118
+            names = [name for name in tensors.keys() if f".{method}." in name]  # noqa: SIM118
             state |= {name: tensors.get_tensor(name) for name in names}
-    entries = []
-    for path, mid in marker["layers"].items():
-        attn: Any = model.get_submodule(path)
-        entries.append(
-            Entry(path, attn.query_dim, attn.heads, mid, attn.inner_dim, False).to_dict()
-        )
     side = LinFusion(
-        modules_list=entries, layout="paths", attention_weights=False, method=marker["method"]
+        modules_list=modules_list(model, method, marker["layers"]),
+        layout="paths",
+        attention_weights=False,
+        method=method,
     )
     expected = {k: tuple(t.shape) for k, t in side.state_dict().items()}
     wrong = [k for k, shape in expected.items() if k not in state or state[k].shape != shape]
@@ -418,17 +368,19 @@ def relaid(side: LinFusion, layout: str) -> LinFusion:
         raise ValueError(
             "layout: 'numbered' always has to_q, to_k, to_v and to_out, which these weights lack"
         )
+    key = get_method(side.config["method"]).setting_key
     with torch.device("meta"):
-        entries = [entry.to_dict() for entry in side.entries]
         # By name: diffusers takes arguments without one for defaults, and EMAModel drops those.
         other = LinFusion(
-            modules_list=entries,
+            modules_list=[entry.to_dict(key) for entry in side.entries],
             layout=layout,
             attention_weights=has_attention,
             method=side.config["method"],
+            rank=side.config["rank"],
+            rank_error=side.config["rank_error"],
         )
     state = {}
-    for index, (path, tensors) in enumerate(tensors_by_layer(side).items()):
+    for index, (path, tensors) in enumerate(_stored_by_layer(side).items()):
         for name, tensor in tensors.items():
             key = f"{index}.{to_numbered(name)}" if layout == "numbered" else f"{path}.{name}"
             state[key] = tensor
@@ -436,8 +388,21 @@ def relaid(side: LinFusion, layout: str) -> LinFusion:
     return other
 
 
-def tensors_by_layer(side: LinFusion) -> dict[str, dict[str, Tensor]]:
+def modules_list(model: nn.Module, method: str, settings: Mapping[str, Any]) -> list[Any]:
+    """What a config says of the layers of a model that have these settings, by path."""
+    key = get_method(method).setting_key
+    return [
+        Entry.of(path, model.get_submodule(path), setting).to_dict(key)
+        for path, setting in settings.items()
+    ]
+
+
+def tensors_by_layer(side: LinFusion) -> dict[str, dict[str, Tensor | Difference]]:
     """Tensors of every layer under the names they have on an attention layer of ours."""
+    return {path: differences(tensors) for path, tensors in _stored_by_layer(side).items()}
+
+
+def _stored_by_layer(side: LinFusion) -> dict[str, dict[str, Tensor]]:
     state = side.state_dict()
     layers = {}
     for index, entry in enumerate(side.entries):
@@ -447,31 +412,3 @@ def tensors_by_layer(side: LinFusion) -> dict[str, dict[str, Tensor]]:
             {from_numbered(k): t for k, t in own.items()} if side.layout == "numbered" else own
         )
     return layers
-
-
-def _modules_list(model: nn.Module) -> list[dict[str, Any]]:
-    record = record_of(model)
-    assert record is not None
-    items = []
-    for path in record.layers:
-        attn: Any = model.get_submodule(path)
-        items.append(
-            Entry(
-                path=path,
-                dim=attn.query_dim,
-                heads=attn.heads,
-                mid=attn.get_submodule(NAME).projection_mid_dim,
-                inner_dim=attn.inner_dim,
-                bias=projections(attn)["to_q"].bias is not None,
-            ).to_dict()
-        )
-    return items
-
-
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        if parent not in root._modules:
-            root.add_module(parent, nn.Module())
-        root = root.get_submodule(parent)
-    root.add_module(name, module)

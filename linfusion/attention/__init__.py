@@ -4,7 +4,12 @@ from importlib import import_module
 
 from linfusion.attention.base import Method
 
-_HOME = {"linfusion": "linfusion.attention.linfusion"}
+_HOME = {"linfusion": "linfusion.attention.linfusion", "clear": "linfusion.attention.clear"}
+
+
+def names() -> list[str]:
+    """What `get_method` takes."""
+    return list(_HOME)
 
 
 def get_method(name: str) -> Method:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -33,29 +33,72 @@ _PLAIN = {
 class Method:
     """One published mechanism.
 
+    A *setting* is what tells the learned parts of layers apart: plain data, as it stands in a
+    config.json under `setting_key`.
+
     Attributes:
         name: what `linearize(model, name)` takes.
         processor: class of the stateless processor; constructible without arguments.
-        fused_name: where `fuse` hangs what it made of the layer.
-        child: `(attn, projection_mid_dim) -> module`, the freshly initialised learned part that
-            hangs on the layer as `attn.<name>`; a fresh one changes nothing.
-        fused: `(attn, child, dtype) -> module`, the layer for inference with fewer GEMMs.
+        layers: `(model) -> {path: attention layer}` that the method may take; ValueError if there
+            are none.
+        setting_key: name of a layer's setting in a checkpoint's `modules_list`.
+        settings: `(paths, stored, options) -> {path: setting}`, from the options of `linearize`
+            and the settings `stored` with the weights, by path, or None without weights;
+            ValueError for an option it does not have or the weights do not allow.
+        child: `(attn, setting) -> module`, the freshly initialised learned part that hangs on the
+            layer as `attn.<name>`; a fresh one changes nothing. Of `attn` only `query_dim` is read.
         is_fresh: whether a child still has the weights it was made with.
-        break_even_tokens: `(attn, projection_mid_dim) -> tokens` from which on the layer costs less
-            than softmax.
+        break_even_tokens: `(attn, setting) -> tokens` from which on the layer costs less than
+            softmax.
         state_bytes: bytes of the fp32 state a layer keeps per picture.
-        pag_processors: the pair for `pipe.set_pag_applied_layers(layers, pair)`.
+        projections: whether to_q, to_k, to_v and to_out are what a student consists of, so that
+            they are always saved with it.
+        student: arguments of `linearize` after the pipeline that load a published student.
+        fused_name: where `fuse` hangs what it made of the layer.
+        fused: `(attn, child, dtype) -> module`, the layer for inference with fewer GEMMs, or None
+            if there is nothing to fuse.
+        pag_processors: the pair for `pipe.set_pag_applied_layers(layers, pair)`, or None if the
+            method does not run under perturbed-attention guidance.
+        read_file: `(name, tensors) -> StudentFile` of the authors' files that are a bare state
+            dict, or None if they published none.
+        attach: `(model, settings)`, puts on the whole model what the layers need to know; called
+            after `linearize`.
+        detach: `(model)`, takes that off again.
     """
 
     name: str
     processor: type
-    fused_name: str
-    child: Callable[[Attention, int | None], nn.Module]
-    fused: Callable[[Attention, nn.Module | None, torch.dtype], nn.Module]
+    layers: Callable[[nn.Module], dict[str, Any]]
+    setting_key: str
+    settings: Callable[[Sequence[str], Mapping[str, Any] | None, dict[str, Any]], dict[str, Any]]
+    child: Callable[[Any, Any], nn.Module]
     is_fresh: Callable[[nn.Module], bool]
-    break_even_tokens: Callable[[Attention, int | None], int]
-    state_bytes: Callable[[Attention], int]
-    pag_processors: Callable[[], tuple[object, object]]
+    break_even_tokens: Callable[[Any, Any], int]
+    state_bytes: Callable[[Any], int]
+    student: str
+    projections: bool = False
+    fused_name: str | None = None
+    fused: Callable[[Attention, nn.Module | None, torch.dtype], nn.Module] | None = None
+    pag_processors: Callable[[], tuple[object, object]] | None = None
+    read_file: Callable[[str, Mapping[str, Tensor]], StudentFile] | None = None
+    attach: Callable[[nn.Module, Mapping[str, Any]], None] = lambda model, settings: None
+    detach: Callable[[nn.Module], None] = lambda model: None
+
+
+@dataclass(frozen=True)
+class StudentFile:
+    """What is in a file of the authors'.
+
+    Attributes:
+        tensors: by layer path, under the names they have on a layer of ours (`to_q.weight`,
+            `clear.pool.weight`).
+        settings: by layer path.
+        unknown: names that belong to no attention layer.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    settings: dict[str, Any]
+    unknown: list[str]
 
 
 def unsupported(attn: Attention) -> str | None:
@@ -80,10 +123,13 @@ def self_attention(model: nn.Module, *, processor: type) -> dict[str, Attention]
     Args:
         model: any module.
         processor: the method's own processor class, which counts as plain.
+
+    Raises:
+        ValueError: the model has none.
     """
     from diffusers.models.attention_processor import Attention
 
-    return {
+    found = {
         path: module
         for path, module in model.named_modules()
         if path
@@ -93,3 +139,9 @@ def self_attention(model: nn.Module, *, processor: type) -> dict[str, Attention]
         and unsupported(module) is None
         and (type(module.processor).__name__ in _PLAIN or isinstance(module.processor, processor))
     }
+    if not found:
+        raise ValueError(
+            f"model_or_pipe: {type(model).__name__} has no self-attention of diffusers' class"
+            " Attention with a plain processor, so nothing to make linear"
+        )
+    return found

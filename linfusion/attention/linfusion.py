@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from linfusion.attention.base import Method, unsupported
+from linfusion.attention.base import Method, self_attention, unsupported
 from linfusion.attention.fused import FusedLayer
 from linfusion.kernels import linear_attention
 
@@ -356,14 +357,35 @@ def numbered_layer(dim: int, inner_dim: int, mid: int | None, bias: bool) -> nn.
     return layer
 
 
+def _settings(
+    paths: Sequence[str], stored: Mapping[str, Any] | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Hidden channels of the two MLPs of every layer."""
+    unknown = sorted(set(options) - {"projection_mid_dim"})
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]}: method 'linfusion' has no such option; it has projection_mid_dim"
+        )
+    mid = options.get("projection_mid_dim")
+    if stored is None:
+        return dict.fromkeys(paths, mid)
+    if mid is not None:
+        raise ValueError(f"projection_mid_dim: got {mid}, but the weights say what it is")
+    return dict(stored)
+
+
 METHOD = Method(
     name=NAME,
     processor=LinFusionProcessor,
-    fused_name=FUSED,
+    layers=lambda model: self_attention(model, processor=LinFusionProcessor),
+    setting_key="projection_mid_dim",
+    settings=_settings,
     child=lambda attn, mid: FeatureMap(attn.query_dim, mid),
-    fused=lambda attn, child, dtype: FusedLayer(attn, cast(FeatureMap | None, child), dtype),
     is_fresh=_is_fresh,
     break_even_tokens=break_even_tokens,
     state_bytes=state_bytes,
+    student='weights="Yuanshi/LinFusion-1-5"',
+    fused_name=FUSED,
+    fused=lambda attn, child, dtype: FusedLayer(attn, cast(FeatureMap | None, child), dtype),
     pag_processors=lambda: (LinFusionPAGCFGProcessor(), LinFusionPAGProcessor()),
 )

@@ -85,6 +85,11 @@ def _layers(
     from linfusion.attention import get_method
 
     chosen = get_method(method)
+    if method != "linfusion":
+        raise ValueError(
+            f"method: {method!r} has no layer of diffusers' class Attention to time; it runs in"
+            " whole transformers, which make bench measures"
+        )
     torch.manual_seed(0)
     softmax = Attention(channels, heads=heads, dim_head=channels // heads)
     softmax.set_processor(AttnProcessor2_0())

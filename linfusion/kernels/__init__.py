@@ -6,5 +6,13 @@ from linfusion.kernels.linear_attention import (
     linear_read,
     linear_state,
 )
+from linfusion.kernels.window_attention import TileOrder, window_attention
 
-__all__ = ["LinearState", "linear_attention", "linear_read", "linear_state"]
+__all__ = [
+    "LinearState",
+    "TileOrder",
+    "linear_attention",
+    "linear_read",
+    "linear_state",
+    "window_attention",
+]

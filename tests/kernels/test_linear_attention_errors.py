@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 
-from linfusion.kernels import LinearState, linear_attention, linear_read, linear_state
+from linfusion.kernels import LinearState, library, linear_attention, linear_read, linear_state
 
-OPS = import_module("linfusion.kernels.linear_attention.ops")
 X = torch.ones(2, 5, 3, 8)
 
 
@@ -97,14 +94,14 @@ def test_a_wrong_argument_of_a_read_is_named(change, message):
 
 
 def test_triton_on_a_cpu_is_refused(monkeypatch):
-    monkeypatch.setattr(OPS, "HAS_TRITON", True)
+    monkeypatch.setattr(library, "HAS_TRITON", True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="impl: 'triton' needs tensors on a CUDA or ROCm device"):
         linear_attention(X, X, X, impl="triton")
 
 
 def test_without_triton_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(OPS, "HAS_TRITON", False)
+    monkeypatch.setattr(library, "HAS_TRITON", False)
     with pytest.raises(ImportError, match="pip install triton"):
         linear_attention(X, X, X, impl="triton")
 

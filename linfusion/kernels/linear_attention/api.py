@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
+from linfusion.kernels import library
 from linfusion.kernels.linear_attention import ops, reference
 from linfusion.kernels.linear_attention.common import FEATURE_MAPS, LinearState, accumulator
 
@@ -291,7 +292,7 @@ def _implementation(
         if learns_weight:
             return "reference"
         on_gpu = tensors[0].device.type == "cuda"  # ROCm calls itself cuda too
-        return "triton" if on_gpu and ops.HAS_TRITON and fits and not double else "blocked"
+        return "triton" if on_gpu and library.HAS_TRITON and fits and not double else "blocked"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected None or one of {IMPLEMENTATIONS}, got {impl!r}")
     if learns_weight and impl != "reference":
@@ -309,5 +310,5 @@ def _implementation(
                 f"impl: 'triton' takes head dimensions from {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got "
                 f"{dims}; 'blocked' and 'reference' take any"
             )
-        ops.check_triton(tensors[0].device)
+        library.check_triton(tensors[0].device)
     return impl

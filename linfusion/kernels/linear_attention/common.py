@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,14 +14,6 @@ NORMALIZERS = ("mean", "sum", "none")
 def accumulator(*tensors: Tensor) -> torch.dtype:
     """The dtype of sums and states: float64 if any input is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which autocast leaves products alone: a half-precision sum is no state."""
-    available = torch.amp.is_autocast_available(device.type)
-    if not available or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 class LinearState(NamedTuple):

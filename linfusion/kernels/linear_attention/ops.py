@@ -6,46 +6,40 @@ Importing this file needs torch alone. The kernels behind `impl` are imported at
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linfusion.kernels.linear_attention.common import accumulator, without_autocast
-
-HAS_TRITON = find_spec("triton") is not None
-
-_LIBRARY = torch.library.Library("linfusion", "FRAGMENT")
+from linfusion.kernels.library import LIBRARY, register
+from linfusion.kernels.linear_attention.common import accumulator
 
 # kv, k_mean and count are what the backward pass needs beside the inputs.
-_LIBRARY.define(
+LIBRARY.define(
     "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? key_weight, str feature_map, "
     "str normalizer, float eps, str impl) -> (Tensor o, Tensor kv, Tensor k_mean, Tensor count)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "linear_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? key_weight, "
     "Tensor kv, Tensor k_mean, Tensor count, str feature_map, str normalizer, float eps, "
     "str impl) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "linear_state_backward(Tensor dkv, Tensor dk_mean, Tensor k, Tensor v, Tensor? key_weight, "
     "Tensor count, str feature_map, str impl) -> (Tensor dk, Tensor dv)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "linear_read_backward(Tensor do, Tensor q, Tensor kv, Tensor k_mean, Tensor count, "
     "str feature_map, str normalizer, float eps, str impl) "
     "-> (Tensor dq, Tensor dkv, Tensor dk_mean)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "linear_state(Tensor k, Tensor v, Tensor? key_weight, str feature_map, str impl) "
     "-> (Tensor kv, Tensor k_mean, Tensor count)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "linear_read(Tensor q, Tensor kv, Tensor k_mean, str feature_map, str normalizer, float eps, "
     "Tensor count, ScalarType out_dtype, str impl) -> Tensor"
 )
@@ -89,22 +83,6 @@ def linear_read(
     return torch.ops.linfusion.linear_read(
         q, kv, k_mean, feature_map, normalizer, eps, count, out_dtype, impl
     )
-
-
-def check_triton(device: torch.device) -> None:
-    """Say why the Triton kernels cannot run on this device, if they cannot.
-
-    Raises:
-        ImportError: triton is not installed.
-        ValueError: the device is not a GPU and triton does not interpret.
-    """
-    if not HAS_TRITON:
-        raise ImportError("impl: 'triton' needs triton, which is not installed: pip install triton")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"impl: 'triton' needs tensors on a CUDA or ROCm device, got {device}; on a CPU it "
-            "runs only interpreted, with TRITON_INTERPRET=1 set before triton is imported"
-        )
 
 
 def _kernels(impl: str) -> ModuleType:
@@ -306,47 +284,9 @@ def _grad_of_grad(ctx: Any, *_: Any) -> None:
     )
 
 
-def _fold_vmap(op: Any) -> Any:
-    """A vmap rule: every tensor of every operator starts with the batch, so fold into it."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        def fold(x: Any, dim: int | None) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            return x.flatten(0, 1)
-
-        out = op(*map(fold, args, in_dims))
-        unfold = [o.unflatten(0, (info.batch_size, -1)) for o in _as_tuple(out)]
-        return (unfold[0], 0) if isinstance(out, Tensor) else (tuple(unfold), (0,) * len(unfold))
-
-    return rule
-
-
-def _as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (out,) if isinstance(out, Tensor) else tuple(out)
-
-
-def _exactly(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    def run(x: Tensor, *args: Any) -> Any:
-        with without_autocast(x.device):
-            return kernel(x, *args)
-
-    return run
-
-
-def _register(name: str, kernel: Any, fake: Any, grad: Any, save: Any = None) -> None:
-    qualified = f"linfusion::{name}"
-    _LIBRARY.impl(name, _exactly(kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    torch.library.register_autograd(qualified, grad, setup_context=save, lib=_LIBRARY)
-    op = getattr(torch.ops.linfusion, name)
-    torch.library.register_vmap(qualified, _fold_vmap(op), lib=_LIBRARY)
-
-
-_register("linear_attention", _attention, _attention_fake, _attention_grad, _attention_save)
-_register("linear_state", _state, _state_fake, _state_grad, _state_save)
-_register("linear_read", _read, _read_fake, _read_grad, _read_save)
-_register("linear_attention_backward", _attention_backward, _attention_backward_fake, _grad_of_grad)
-_register("linear_state_backward", _state_backward, _state_backward_fake, _grad_of_grad)
-_register("linear_read_backward", _read_backward, _read_backward_fake, _grad_of_grad)
+register("linear_attention", _attention, _attention_fake, _attention_grad, _attention_save)
+register("linear_state", _state, _state_fake, _state_grad, _state_save)
+register("linear_read", _read, _read_fake, _read_grad, _read_save)
+register("linear_attention_backward", _attention_backward, _attention_backward_fake, _grad_of_grad)
+register("linear_state_backward", _state_backward, _state_backward_fake, _grad_of_grad)
+register("linear_read_backward", _read_backward, _read_backward_fake, _grad_of_grad)

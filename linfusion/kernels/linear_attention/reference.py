@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linfusion.kernels.linear_attention.common import accumulator, without_autocast
+from linfusion.kernels.library import without_autocast
+from linfusion.kernels.linear_attention.common import accumulator
 
 
 def phi(x: Tensor, feature_map: str) -> Tensor:

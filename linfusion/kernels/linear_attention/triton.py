@@ -11,16 +11,14 @@ it is for D in 40, 64, 80, 128, 160.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from linfusion.kernels.launch import DOT, Launch, Target, named, rows, strides_of, target_of
 from linfusion.kernels.linear_attention.triton_backward import (
     linear_bwd_kv,
     linear_bwd_q,
@@ -48,31 +46,7 @@ __all__ = [
     "state_forward",
 ]
 
-_DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _REDUCE_BLOCK = 1024
-
-
-class Launch(NamedTuple):
-    """One call of a kernel, ready to run or to compile ahead of time."""
-
-    kernel: Any
-    programs: int
-    args: dict[str, Any]
-    options: dict[str, Any]
-
-
-class Target(NamedTuple):
-    """What the kernels are launched for.
-
-    Attributes:
-        vendor: "cuda", "hip", or "interpreter".
-        multiprocessors: of the GPU; sets how many programs share a sequence.
-        launch: takes a `Launch`. The ahead-of-time gate collects them instead of running them.
-    """
-
-    vendor: str
-    multiprocessors: int
-    launch: Callable[[Launch], None]
 
 
 def state_forward(
@@ -98,7 +72,7 @@ def state_forward(
     Returns:
         kv [B, H, D, Dv], k_mean [B, H, D] and count [B] (the sum of the weights), float32.
     """
-    target = target or _target(k)
+    target = target or target_of(k)
     batch, tokens = k.shape[:2]
     if key_weight is None:
         count = torch.full((batch,), tokens, dtype=torch.float32, device=k.device)
@@ -134,13 +108,13 @@ def read_forward(
     Returns:
         [B, N, H, Dv], contiguous.
     """
-    target = target or _target(q)
-    q, kv, k_mean, count = _rows(q), kv.contiguous(), k_mean.contiguous(), count.contiguous()
+    target = target or target_of(q)
+    q, kv, k_mean, count = rows(q), kv.contiguous(), k_mean.contiguous(), count.contiguous()
     batch, tokens, heads, d = q.shape
     dv = kv.shape[-1]
     o = torch.empty(batch, tokens, heads, dv, dtype=out_dtype, device=q.device)
     tile = _tile(target, "out", d, dv, q)
-    align, (q_strides, o_strides) = _strides(q, o)
+    align, (q_strides, o_strides) = strides_of(q, o)
     _launch(
         target,
         linear_out_fwd,
@@ -148,8 +122,8 @@ def read_forward(
         tile,
         {"Q": q, "KV": kv, "K_MEAN": k_mean, "COUNT": count, "OUT": o}
         | {"tokens": tokens, "heads": heads, "eps": float(eps)}
-        | _named("q", q_strides)
-        | _named("o", o_strides)
+        | named("q", q_strides)
+        | named("o", o_strides)
         | _constants(d, dv, tile, feature_map, align, target, q)
         | {"NORMALIZER": normalizer},
     )
@@ -204,21 +178,21 @@ def read_backward(
 
     One pass over q and do where `fuses_backward` allows it (heads of up to 64 columns), else two.
     """
-    target = target or _target(q)
-    do, q = _rows(do), _rows(q)
+    target = target or target_of(q)
+    do, q = rows(do), rows(q)
     kv, k_mean, count = kv.contiguous(), k_mean.contiguous(), count.contiguous()
     batch, tokens, heads, d = q.shape
     dv = do.shape[-1]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    align, (q_strides, do_strides, dq_strides) = _strides(q, do, dq)
+    align, (q_strides, do_strides, dq_strides) = strides_of(q, do, dq)
     fused = fuses_backward(target.vendor, d, dv, max(q.element_size(), do.element_size()))
     tile = _tile(target, "bwd_q" if fused else "bwd_q_rows", d, dv, q, do)
     args = (
         {"Q": q, "DO": do, "KV": kv, "K_MEAN": k_mean, "COUNT": count, "DQ": dq}
         | {"tokens": tokens, "heads": heads, "eps": float(eps)}
-        | _named("q", q_strides)
-        | _named("g", do_strides)
-        | _named("dq", dq_strides)
+        | named("q", q_strides)
+        | named("g", do_strides)
+        | named("dq", dq_strides)
         | _constants(d, dv, tile, feature_map, align, target, q, do)
         | {"NORMALIZER": normalizer}
     )
@@ -251,8 +225,8 @@ def state_backward(
     target: Target | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `state_forward` with respect to k and v, from those of kv and k_mean."""
-    target = target or _target(k)
-    k, v, count = _rows(k), _rows(v), count.contiguous()
+    target = target or target_of(k)
+    k, v, count = rows(k), rows(v), count.contiguous()
     dkv, dk_mean = dkv.contiguous(), dk_mean.contiguous()
     batch, tokens, heads, d = k.shape
     dv = v.shape[-1]
@@ -260,7 +234,7 @@ def state_backward(
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv_out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     tile = _tile(target, "bwd_kv", d, dv, k, v)
-    align, (k_strides, v_strides, dk_strides, dv_strides) = _strides(k, v, dk, dv_out)
+    align, (k_strides, v_strides, dk_strides, dv_strides) = strides_of(k, v, dk, dv_out)
     _launch(
         target,
         linear_bwd_kv,
@@ -269,10 +243,10 @@ def state_backward(
         {"K": k, "V": v, "W": count if weight is None else weight}
         | {"DKV": dkv, "DK_MEAN": dk_mean, "COUNT": count, "DK": dk, "DV_OUT": dv_out}
         | {"tokens": tokens, "heads": heads, "w_sb": tokens}
-        | _named("k", k_strides)
-        | _named("v", v_strides)
-        | _named("dk", dk_strides)
-        | _named("dv", dv_strides)
+        | named("k", k_strides)
+        | named("v", v_strides)
+        | named("dk", dk_strides)
+        | named("dv", dv_strides)
         | _constants(d, dv, tile, feature_map, align, target, k, v)
         | {"WEIGHTED": weight is not None},
     )
@@ -293,7 +267,7 @@ def _state(
 
     `weights` is (of φ(k)ᵀ v, of φ(k), stride over the batch, stride over heads).
     """
-    k, v = _rows(k), _rows(v)
+    k, v = rows(k), rows(v)
     batch, tokens, heads, d = k.shape
     dv = v.shape[-1]
     tile = _tile(target, "state", d, dv, k, v)
@@ -301,7 +275,7 @@ def _state(
     splits, share = _split(target, splits, tokens, d, groups, tile)
     partial = torch.empty(batch, heads, splits, d * dv + d, dtype=torch.float32, device=k.device)
     w_kv, w_k, w_sb, w_sh = weights or (count, count, 0, 0)
-    align, (k_strides, v_strides) = _strides(k, v)
+    align, (k_strides, v_strides) = strides_of(k, v)
     _launch(
         target,
         linear_state_fwd,
@@ -309,8 +283,8 @@ def _state(
         tile,
         {"K": k, "V": v, "W_KV": w_kv, "W_K": w_k, "PARTIAL": partial}
         | {"tokens": tokens, "heads": heads, "splits": splits, "tokens_per_split": share}
-        | _named("k", k_strides)
-        | _named("v", v_strides)
+        | named("k", k_strides)
+        | named("v", v_strides)
         | {"w_sb": w_sb, "w_sh": w_sh}
         | _constants(d, dv, tile, feature_map, align, target, k, v)
         | {"WEIGHTED": weights is not None},
@@ -336,20 +310,6 @@ def _launch(target: Target, kernel: Any, programs: int, tile: Tile, args: dict[s
     # Whether a·b + c is fused is said here, since Triton 3.10 will change its default.
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     target.launch(Launch(kernel, programs, args, options))
-
-
-def _run(launch: Launch) -> None:
-    device = next(x.device for x in launch.args.values() if isinstance(x, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        launch.kernel[(launch.programs,)](**launch.args, **launch.options)
-
-
-def _target(tensor: Tensor) -> Target:
-    """The GPU of `tensor`; on a CPU the interpreter, the only thing that runs there."""
-    if tensor.device.type != "cuda":
-        return Target("interpreter", 1, _run)
-    properties = torch.cuda.get_device_properties(tensor.device)
-    return Target("hip" if torch.version.hip else "cuda", properties.multi_processor_count, _run)
 
 
 def _tile(target: Target, kernel: str, d: int, dv: int, *operands: Tensor) -> Tile:
@@ -378,29 +338,10 @@ def _constants(
     sizes = {"D": d, "DV": dv, "BN": tile.tokens, "BD": tile.d, "BE": tile.e}
     return sizes | {
         "PHI": feature_map,
-        "DOT": tl.float32 if exact else _DOT[dtypes.pop()],
+        "DOT": tl.float32 if exact else DOT[dtypes.pop()],
         "PRECISION": "tf32x3" if target.vendor == "cuda" else "ieee",
         "ALIGN": align,
     }
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`x` with contiguous features: the kernels read them 16 bytes at a time."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _strides(*tensors: Tensor) -> tuple[int, list[tuple[int, int, int]]]:
-    """A power of two up to 16 that divides every stride, and the strides divided by it."""
-    strides = [
-        tuple(0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True))
-        for t in tensors
-    ]
-    align = math.gcd(16, *(s for b, n, h, _ in strides for s in (b, n, h)))
-    return align, [(b // align, n // align, h // align) for b, n, h, _ in strides]
-
-
-def _named(name: str, strides: tuple[int, int, int]) -> dict[str, int]:
-    return dict(zip((f"{name}_sb", f"{name}_sn", f"{name}_sh"), strides, strict=True))
 
 
 def _key_weight(key_weight: Tensor, batch: int, tokens: int) -> Tensor:

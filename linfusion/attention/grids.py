@@ -1,0 +1,285 @@
+"""Where the tokens of a model lie: read when the model is called, handed to its attention layers.
+
+The grid travels with the arguments of the blocks, not beside them: a model may be called at any
+number of sizes, and what gradient checkpointing computes again has the grid it had.
+
+Without gradients the tokens also go through the transformers in tile order, in which kernels find a
+window's keys together. Everything there but attention acts on single tokens, so this is a
+permutation at the entry and its inverse at the exit. With gradients they stay in raster order:
+whoever trains compares layers with those of a teacher.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linfusion.kernels import TileOrder
+
+HOSTS = ("FluxTransformer2DModel", "FluxControlNetModel", "SD3Transformer2DModel")
+
+# On a model while it is attached, on its pos_embed during a forward, and the name of the argument
+# that Stable Diffusion 3's blocks pass on.
+_FACTORS = "_linfusion_down_factors"
+_PENDING = "_linfusion_pending"
+_THETA = "_linfusion_theta"
+_NTK = "_linfusion_ntk"
+ARGUMENT = "image_grids"
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Height and width in tokens of every picture, in the order of their tokens.
+
+    One picture, except where FLUX Kontext appends those it is to look at.
+
+    Attributes:
+        sizes: (h, w) of each.
+        orders: of the tokens of each, as `window_attention` takes it; None is raster order.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    orders: tuple[TileOrder | None, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(h * w for h, w in self.sizes)
+
+    def permute(self, x: Tensor, dim: int = 1) -> Tensor:
+        """`x` with the tokens along `dim` taken from raster order to that of these grids."""
+        return self._reorder(x, dim, TileOrder.permute)
+
+    def undo(self, x: Tensor, dim: int = 1) -> Tensor:
+        """`x` with the tokens along `dim` taken back to raster order."""
+        return self._reorder(x, dim, TileOrder.undo)
+
+    def _reorder(self, x: Tensor, dim: int, how: Callable[..., Tensor]) -> Tensor:
+        parts = x.split([h * w for h, w in self.sizes], dim)
+        moved = [
+            part if order is None else how(order, part, dim)
+            for order, part in zip(self.orders, parts, strict=True)
+        ]
+        return moved[0] if len(moved) == 1 else torch.cat(moved, dim)
+
+
+class RotaryTable(tuple):
+    """FLUX's rotary table (cos, sin), each [T + N, D], that also knows the grids of its tokens."""
+
+    grids: Grids
+
+    def __new__(cls, pair: Any, grids: Grids) -> RotaryTable:
+        table = super().__new__(cls, pair)
+        table.grids = grids
+        return table
+
+    def to(self, *args: Any, **kwargs: Any) -> RotaryTable:
+        """On another device; offloading calls it on what it hands to a block."""
+        return RotaryTable([x.to(*args, **kwargs) for x in self], self.grids)
+
+
+def attach(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Have `model` hand the grid of every call to its attention layers.
+
+    Args:
+        model: one of `HOSTS`.
+        settings: of its layers, by path: `down_factor`, which has to divide every grid, and `ntk`,
+            by which the base of the rotary frequencies is multiplied (Liu et al. 2024, CLEAR).
+
+    Raises:
+        ValueError: layers disagree on `ntk`, or the model has no rotary embedding to stretch.
+    """
+    ntk = {setting["ntk"] for setting in settings.values()}
+    if len(ntk) != 1:
+        raise ValueError(f"ntk: all layers share one rotary table, but the weights say {ntk}")
+    rotary = hasattr(model.pos_embed, "theta")
+    if not rotary and ntk != {1.0}:
+        raise ValueError(
+            f"ntk: got {ntk.pop()}; {type(model).__name__} has no rotary embedding, so only 1"
+        )
+    setattr(model, _FACTORS, sorted({setting["down_factor"] for setting in settings.values()}))
+    pos_embed: Any = model.pos_embed
+    pos_embed.register_forward_hook(_hand_on, always_call=True)
+    if hasattr(model, "proj_out"):  # a ControlNet has none: it stays in raster order
+        model.get_submodule("proj_out").register_forward_hook(_undo)
+    if rotary:
+        model.register_forward_pre_hook(_read_ids, with_kwargs=True)
+        if ntk != {1.0}:
+            setattr(pos_embed, _NTK, ntk.pop())
+            pos_embed.register_forward_pre_hook(_stretch)
+        return
+    model.register_forward_pre_hook(_read_latent, with_kwargs=True)
+    for path, module in model.named_modules():
+        if path not in settings and hasattr(module, "set_processor"):
+            module.register_forward_pre_hook(_drop, with_kwargs=True)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo `attach`; nothing is left."""
+    hooks = (_read_ids, _stretch, _hand_on, _undo, _read_latent, _drop)
+    for module in model.modules():
+        for registry in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(registry.items()):
+                if hook in hooks:
+                    del registry[key]
+                    for kept in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+                        getattr(module, kept).pop(key, None)
+        for name in (_FACTORS, _NTK, _PENDING):
+            if name in module.__dict__:
+                delattr(module, name)
+
+
+def grids_of(ids: Tensor) -> tuple[Grids, Tensor]:
+    """The pictures that the position ids of FLUX describe.
+
+    Args:
+        ids: [N, 3]: which picture, row and column of every token, in raster order. In bfloat16, as
+            pipelines make them, rows and columns above 256 are rounded to even ones.
+
+    Returns:
+        The grids, and the ids before such rounding, float32.
+
+    Raises:
+        ValueError: the tokens are not those of whole pictures, row by row.
+    """
+    picture, y, x = ids.float().cpu().unbind(-1)
+    # A new picture begins where its number changes or the rows begin again.
+    new = (picture[1:] != picture[:-1]) | (y[1:] < y[:-1])
+    starts = [0, *(new.nonzero().flatten() + 1).tolist(), len(ids)]
+    sizes, exact = [], []
+    for start, end in pairwise(starts):
+        tokens = end - start
+        # A new row begins where the columns begin again, or, in a column, at every token.
+        drop = (x[start + 1 : end] < x[start : end - 1]).nonzero().flatten()
+        in_column = bool((x[start:end] == x[start]).all())
+        width = 1 if in_column else int(drop[0]) + 1 if len(drop) else tokens
+        raster = torch.arange(tokens)
+        rows = torch.div(raster, width, rounding_mode="floor") + y[start]
+        place = torch.stack([picture[start:end], rows, raster % width + x[start]], 1)
+        if tokens % width or not torch.equal(
+            place.to(ids.dtype).float(), ids[start:end].cpu().float()
+        ):
+            raise ValueError(
+                f"img_ids: tokens {start} to {end - 1} are no picture in raster order with rows of"
+                f" {width}; expected ids as FluxPipeline makes them"
+            )
+        sizes.append((tokens // width, width))
+        exact.append(place)
+    return Grids(tuple(sizes), (None,) * len(sizes)), torch.cat(exact)
+
+
+def _read_ids(model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
+    """Before FLUX: the grids of its tokens, or an error before any work is done.
+
+    Positions go on exact: rounded, tokens beyond the 256th row or column share them in pairs.
+    """
+    given = _named(model, args, kwargs)
+    _refuse_unknown(given.get("joint_attention_kwargs"))
+    ids, x = given["img_ids"], given["hidden_states"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    grids, exact = grids_of(ids)
+    if x.shape[1] != grids.tokens:
+        raise ValueError(
+            f"img_ids: they describe {grids.sizes}, {grids.tokens} tokens, but hidden_states has"
+            f" {x.shape[1]}"
+        )
+    grids = _announce(model, grids)
+    given |= {"img_ids": grids.permute(exact.to(ids.device), 0), "hidden_states": grids.permute(x)}
+    for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
+        if given.get(name) is not None:
+            given[name] = [grids.permute(sample) for sample in given[name]]
+    return (), given
+
+
+def _read_latent(model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
+    """Before Stable Diffusion 3: the grid of its patches, handed on among the arguments."""
+    given = _named(model, args, kwargs)
+    arguments = given.get("joint_attention_kwargs")
+    _refuse_unknown(arguments)
+    height, width = given["hidden_states"].shape[-2:]
+    patch = model.config.patch_size
+    grids = _announce(model, Grids(((height // patch, width // patch),), (None,)))
+    given["joint_attention_kwargs"] = {**(arguments or {}), ARGUMENT: grids}
+    if given.get("block_controlnet_hidden_states") is not None:
+        samples = given["block_controlnet_hidden_states"]
+        given["block_controlnet_hidden_states"] = [grids.permute(sample) for sample in samples]
+    return (), given
+
+
+def _announce(model: Any, grids: Grids) -> Grids:
+    """Decide the order of this call's tokens, and tell the first and last layer of it."""
+    for factor in getattr(model, _FACTORS):
+        for height, width in grids.sizes:
+            if height % factor or width % factor:
+                raise ValueError(
+                    f"down_factor: {factor} does not divide the grid of {height} by {width} tokens;"
+                    f" with these weights height and width have to be multiples of {factor} tokens"
+                    f" ({16 * factor} pixels)"
+                )
+    if hasattr(model, "proj_out") and not torch.is_grad_enabled():
+        grids = replace(grids, orders=tuple(TileOrder(size) for size in grids.sizes))
+    setattr(model.pos_embed, _PENDING, grids)
+    if hasattr(model, "proj_out"):
+        setattr(model.proj_out, _PENDING, grids)
+    return grids
+
+
+def _stretch(pos_embed: Any, args: Any) -> None:
+    """Before the rotary table: the base of its frequencies for this call."""
+    setattr(pos_embed, _THETA, pos_embed.theta)
+    pos_embed.theta = pos_embed.theta * getattr(pos_embed, _NTK)
+
+
+def _hand_on(pos_embed: Any, args: Any, output: Any) -> Any:
+    """After the embedding of positions, also after an error.
+
+    FLUX's rotary table gets its own base back and takes the grids to every block; the patches of
+    Stable Diffusion 3, which come as a picture, are put in order.
+    """
+    if hasattr(pos_embed, _THETA):
+        pos_embed.theta = getattr(pos_embed, _THETA)
+        delattr(pos_embed, _THETA)
+    grids = getattr(pos_embed, _PENDING, None)
+    if grids is None or output is None:
+        return output
+    delattr(pos_embed, _PENDING)
+    return grids.permute(output) if isinstance(output, Tensor) else RotaryTable(output, grids)
+
+
+def _undo(proj_out: Any, args: Any, output: Tensor) -> Tensor:
+    """After the last layer: tokens as they came."""
+    grids = getattr(proj_out, _PENDING, None)
+    if grids is None:
+        return output
+    delattr(proj_out, _PENDING)
+    return grids.undo(output)
+
+
+def _drop(attn: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """Before a layer that was not taken: it would warn of an argument it does not know."""
+    return args, {name: value for name, value in kwargs.items() if name != ARGUMENT}
+
+
+def _named(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _refuse_unknown(arguments: Mapping[str, Any] | None) -> None:
+    unknown = sorted(set(arguments or {}) - {"scale"})
+    if "ip_adapter_image_embeds" in unknown:
+        raise ValueError(
+            "joint_attention_kwargs: got ip_adapter_image_embeds; CLEAR has no processors for an"
+            " IP-Adapter; call pipe.unload_ip_adapter() and linfusion.linearize again, or"
+            " linfusion.restore"
+        )
+    if unknown:
+        raise ValueError(
+            f"joint_attention_kwargs: got {', '.join(unknown)}; CLEAR's attention takes none but"
+            " scale, the scale of a LoRA"
+        )

@@ -1,0 +1,70 @@
+"""What launching a Triton kernel takes: for what GPU, with which strides, and the call itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+DOT = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+class Launch(NamedTuple):
+    """One call of a kernel, ready to run or to compile ahead of time."""
+
+    kernel: Any
+    programs: int
+    args: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Target(NamedTuple):
+    """What the kernels are launched for.
+
+    Attributes:
+        vendor: "cuda", "hip", or "interpreter".
+        multiprocessors: of the GPU; sets how many programs share a sequence.
+        launch: takes a `Launch`. The ahead-of-time gate collects them instead of running them.
+    """
+
+    vendor: str
+    multiprocessors: int
+    launch: Callable[[Launch], None]
+
+
+def rows(x: Tensor) -> Tensor:
+    """`x` with contiguous features: the kernels read them 16 bytes at a time."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides_of(*tensors: Tensor) -> tuple[int, list[tuple[int, int, int]]]:
+    """A power of two up to 16 that divides every stride, and the strides divided by it."""
+    strides = [
+        tuple(0 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        for t in tensors
+    ]
+    align = math.gcd(16, *(s for b, n, h, _ in strides for s in (b, n, h)))
+    return align, [(b // align, n // align, h // align) for b, n, h, _ in strides]
+
+
+def named(name: str, strides: tuple[int, int, int]) -> dict[str, int]:
+    return dict(zip((f"{name}_sb", f"{name}_sn", f"{name}_sh"), strides, strict=True))
+
+
+def run(launch: Launch) -> None:
+    device = next(x.device for x in launch.args.values() if isinstance(x, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        launch.kernel[(launch.programs,)](**launch.args, **launch.options)
+
+
+def target_of(tensor: Tensor) -> Target:
+    """The GPU of `tensor`; on a CPU the interpreter, the only thing that runs there."""
+    if tensor.device.type != "cuda":
+        return Target("interpreter", 1, run)
+    properties = torch.cuda.get_device_properties(tensor.device)
+    return Target("hip" if torch.version.hip else "cuda", properties.multi_processor_count, run)

@@ -1,0 +1,274 @@
+"""How a grid is cut in tiles of queries with their halos of keys, and how those are copied.
+
+Tiles that lie one below the other share a block: the keys of a whole column of tiles are copied
+once, and the keys of each of its tiles are then consecutive rows of that copy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linfusion.kernels.window_attention.common import (
+    accumulator,
+    coordinates,
+    covers,
+    reach,
+    window,
+)
+from linfusion.kernels.window_attention.order import place_of, raster_of
+
+# 32 queries, what torch's flash kernel for CPUs multiplies at a time: fewer would leave it idle,
+# more would see more keys outside their windows.
+TILES = {2: (4, 8), 3: (2, 4, 4)}
+# Elements of the keys of a block: 6 MB in float32.
+BLOCK = 3 << 19
+
+# Scores of a block where they are held at all, in elements: off the CPU, and for gradients.
+SCORES = 1 << 22
+# Up to this many tokens a dense mask costs less than the calls for tiles.
+SMALL = 512
+
+
+class Group(NamedTuple):
+    """Tiles of a block, one below the other, that see their keys through the same mask.
+
+    Attributes:
+        tiles: how many.
+        rows: of queries in each; the next tile starts that many rows further.
+        first: row of the block's queries where the first tile starts.
+        key_first: row of the block's keys where the first tile's keys start.
+        key_rows: of keys of each tile.
+        skipped: rows of the mask, before those keys, that lie outside the grid.
+    """
+
+    tiles: int
+    rows: int
+    first: int
+    key_first: int
+    key_rows: int
+    skipped: int
+
+
+class Block(NamedTuple):
+    """Part of a column of tiles.
+
+    Attributes:
+        queries, keys: what it holds, a slice for each axis of the grid.
+        groups: its tiles.
+    """
+
+    queries: tuple[slice, ...]
+    keys: tuple[slice, ...]
+    groups: list[Group]
+
+    def where(self, group: Group) -> tuple[slice, ...]:
+        """The queries of one of its groups."""
+        start = self.queries[0].start + group.first
+        return (slice(start, start + group.tiles * group.rows), *self.queries[1:])
+
+
+class Plan(NamedTuple):
+    """What is done together.
+
+    Attributes:
+        heads: at a time.
+        rows: of queries in a block, at most; one tile at least.
+        queries, keys: how many elements of q and of k the largest block of so many heads has.
+    """
+
+    heads: int
+    rows: int
+    queries: int
+    keys: int
+
+
+def plan(grid: tuple[int, ...], radius: float, heads: int, dim: int) -> Plan:
+    """All heads at a time, as their tokens lie together in memory, and as many rows as fit.
+
+    Only where that would leave few rows, whose halo is copied as well, are the heads divided.
+    """
+    halo = reach(radius)
+    height, *sides = (min(t, s) for t, s in zip(TILES[len(grid)], grid, strict=True))
+    row = dim * math.prod(min(t + 2 * halo, s) for t, s in zip(sides, grid[1:], strict=True))
+    few = min(grid[0], max(64, 4 * halo))
+    together = max(1, min(heads, BLOCK // (row * min(grid[0], few + 2 * halo))))
+    fit = BLOCK // (row * together)
+    rows = grid[0] if fit >= grid[0] else max(height, (fit - 2 * halo) // height * height)
+    key_rows = min(grid[0], rows + 2 * halo)
+    return Plan(together, rows, together * rows * dim * math.prod(sides), together * key_rows * row)
+
+
+def blocks_of(
+    grid: tuple[int, ...], radius: float, batch: int, heads: int, plan: Plan
+) -> Iterator[tuple[int, slice, Block]]:
+    """Batch index, heads and block: all that there is to do."""
+    for b in range(batch):
+        for part in _ranges(heads, plan.heads):
+            for block in cut(grid, reach(radius), plan.rows):
+                yield b, part, block
+
+
+def cut(grid: tuple[int, ...], halo: int, rows: int) -> Iterator[Block]:
+    """The blocks of a grid, of at most `rows` rows of queries but at least one tile."""
+    height, *sides = TILES[len(grid)]
+    for columns in itertools.product(*map(_ranges, grid[1:], sides)):
+        around = tuple(_around(c, size, halo) for c, size in zip(columns, grid[1:], strict=True))
+        for run in _ranges(grid[0], max(1, rows // height) * height):
+            keys = _around(run, grid[0], halo)
+            groups = _groups(run, keys, grid[0], height, halo)
+            yield Block((run, *columns), (keys, *around), groups)
+
+
+def _ranges(size: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
+
+
+def _around(part: slice, size: int, halo: int) -> slice:
+    return slice(max(0, part.start - halo), min(size, part.stop + halo))
+
+
+def _groups(run: slice, keys: slice, size: int, height: int, halo: int) -> list[Group]:
+    alone = []
+    for start in range(run.start, run.stop, height):
+        tile = slice(start, min(start + height, run.stop))
+        seen = _around(tile, size, halo)
+        alone.append(
+            Group(
+                tiles=1,
+                rows=tile.stop - tile.start,
+                first=start - run.start,
+                key_first=seen.start - keys.start,
+                key_rows=seen.stop - seen.start,
+                skipped=max(0, halo - start),
+            )
+        )
+    groups = []
+    for _, alike in itertools.groupby(alone, key=lambda t: (t.rows, t.key_rows, t.skipped)):
+        first, *others = alike
+        groups.append(first._replace(tiles=1 + len(others)))
+    return groups
+
+
+class Masks:
+    """The bias of every tile, cut from that of one whole tile with its whole halo."""
+
+    def __init__(
+        self,
+        grid: tuple[int, ...],
+        radius: float,
+        shape: str,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.halo = reach(radius)
+        axes = len(grid)
+        offsets = []
+        for axis, side in enumerate(TILES[axes]):
+            query = torch.arange(side, device=device)
+            key = torch.arange(-self.halo, side + self.halo, device=device)
+            apart = key[None, :] - query[:, None]
+            sizes = [1] * (2 * axes)
+            sizes[axis], sizes[axes + axis] = apart.shape
+            offsets.append(apart.view(sizes))
+        seen = window(offsets, radius, shape)  # [*tile, *halo]
+        self.bias = torch.zeros(seen.shape, dtype=dtype, device=device)
+        self.bias.masked_fill_(~seen, float("-inf"))
+        self._last: tuple[list[slice], Tensor] | None = None
+
+    def of(self, block: Block, group: Group) -> Tensor:
+        """[queries, keys] of a tile of the group: 0 where a key is seen and -inf elsewhere."""
+        parts = [slice(0, group.rows)]
+        parts += [slice(0, s.stop - s.start) for s in block.queries[1:]]
+        parts += [slice(group.skipped, group.skipped + group.key_rows)]
+        for q, k in zip(block.queries[1:], block.keys[1:], strict=True):
+            skipped = self.halo - (q.start - k.start)
+            parts.append(slice(skipped, skipped + k.stop - k.start))
+        if self._last is None or self._last[0] != parts:  # most tiles are like the one before
+            bias = self.bias[tuple(parts)]
+            axes = bias.dim() // 2
+            self._last = parts, bias.flatten(axes).flatten(0, axes - 1).contiguous()
+        return self._last[1]
+
+
+class Part:
+    """Some heads of [N, H, ...], N tokens of a grid in raster or tile order."""
+
+    def __init__(
+        self, grid: tuple[int, ...], heads: slice, tiled: bool, device: torch.device
+    ) -> None:
+        self.grid, self.heads = grid, heads
+        self.places = _places(grid, device) if tiled else None
+
+    def read(self, x: Tensor, where: tuple[slice, ...], scratch: Tensor) -> Tensor:
+        """[h, *where, ...], contiguous, in a flat buffer that is long enough, in its dtype."""
+        x = x[:, self.heads]
+        if self.places is None:
+            x = x.unflatten(0, self.grid)[where]
+        else:
+            places = self.places[where]
+            x = x.index_select(0, places.flatten()).unflatten(0, places.shape)
+        x = x.movedim(len(self.grid), 0)
+        return scratch[: x.numel()].view(x.shape).copy_(x)
+
+    def write(self, x: Tensor, where: tuple[slice, ...], values: Tensor, tiles: int) -> None:
+        """Put [h, tiles, queries of a tile, ...] there; the tiles lie one below the other."""
+        axes = len(self.grid)
+        sides = [s.stop - s.start for s in where]
+        sides[0] //= tiles
+        values = values.unflatten(2, sides).movedim(0, axes + 1)  # [tiles, *sides, h, ...]
+        x = x[:, self.heads]
+        if self.places is None:
+            x.unflatten(0, self.grid)[where].unflatten(0, (tiles, sides[0])).copy_(values)
+        else:
+            x[self.places[where].flatten()] = values.flatten(0, axes).to(x.dtype)
+
+    def add(self, x: Tensor, where: tuple[slice, ...], values: Tensor) -> None:
+        """Add [h, *where, ...] there."""
+        axes = len(self.grid)
+        values = values.movedim(0, axes)
+        x = x[:, self.heads]
+        if self.places is None:
+            x.unflatten(0, self.grid)[where].add_(values)
+        else:
+            x.index_add_(0, self.places[where].flatten(), values.flatten(0, axes - 1))
+
+
+@lru_cache(maxsize=4)
+def _places(grid: tuple[int, ...], device: torch.device) -> Tensor:
+    return place_of(grid, device).view(grid)
+
+
+def tiles(x: Tensor, first: int, rows: int, group: Group) -> Tensor:
+    """Tiles of a block [h, R, *rest, D] as a view [h, n, rows · rest, D]; they may overlap."""
+    h, _, *rest, d = x.shape
+    row = math.prod(rest) * d
+    size = (h, group.tiles, rows * row // d, d)
+    strides = (x.stride(0), group.rows * row, d, 1)
+    return x.as_strided(size, strides, x.storage_offset() + first * row)
+
+
+def is_dense(grid: tuple[int, ...], radius: float, shape: str) -> bool:
+    """Whether one dense call is the thing to do: few tokens, or a window that sees them all."""
+    return math.prod(grid) <= SMALL or covers(grid, radius, shape)
+
+
+def dense_bias(
+    grid: tuple[int, ...], radius: float, shape: str, always: int, tiled: bool, q: Tensor
+) -> Tensor | None:
+    """[N, always + N], 0 where a key is seen and -inf elsewhere; None if every key is."""
+    if covers(grid, radius, shape):
+        return None
+    at = coordinates(grid, q.device)
+    if tiled:
+        at = [x[raster_of(grid, q.device)] for x in at]
+    seen = window([x[:, None] - x[None, :] for x in at], radius, shape)
+    bias = torch.zeros(len(seen), always + len(seen), dtype=accumulator(q), device=q.device)
+    bias[:, always:].masked_fill_(~seen, float("-inf"))
+    return bias
