@@ -161,7 +161,10 @@ WRONG = {
         [PROMPT, "--attention-backend", "native"],
         "attention_backend: 'native' would be without effect",
     ),
-    "method": ([PROMPT, "--method", "magic"], "method: 'magic' is not one of ['clear', 'linfusion']"),
+    "method": (
+        [PROMPT, "--method", "magic"],
+        "method: 'magic' is not one of ['clear', 'linfusion']",
+    ),
     "weights": ([PROMPT, "-w", "/nowhere"], "weights: cannot read /nowhere"),
     "softmax": ([PROMPT, "--softmax", "-w", "x"], "--softmax: takes no --weights and no --layers"),
     "no prompt": ([], "Missing argument 'PROMPT...'"),
