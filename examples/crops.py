@@ -24,7 +24,8 @@ def column(path: Path, centre: tuple[float, float]) -> tuple[str, list[Image.Ima
     height, width = picture.shape[:2]
     cells = []
     for part in PARTS:
-        side = CELL if part is None else round(part * min(width, height))
+        shorter = min(width, height)
+        side = min(CELL, shorter) if part is None else round(part * shorter)
         left = round(min(max(centre[0] * width - side / 2, 0), width - side))
         top = round(min(max(centre[1] * height - side / 2, 0), height - side))
         crop = Image.fromarray(picture[top : top + side, left : left + side])
