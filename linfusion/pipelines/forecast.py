@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -18,10 +19,11 @@ from linfusion.pipelines.bounded import bounded
 from linfusion.pipelines.budget import Ledger, parse_bytes, weight_bytes
 from linfusion.pipelines.denoise import denoise
 from linfusion.pipelines.enlarge import Enlarged
+from linfusion.pipelines.hosts import denoiser, is_transformer, native_size
 from linfusion.pipelines.pictures import bytes_needed
 from linfusion.pipelines.plan import Plan, Work
 from linfusion.pipelines.resume import Replay
-from linfusion.pipelines.stages import Job, Stage, native_size
+from linfusion.pipelines.stages import Job, Stage
 from linfusion.pipelines.vae import decode_rows, encode_rows
 
 LATENTS_HELD = 8  # copies that pipeline, scheduler and guidance hold while the UNet runs
@@ -46,8 +48,8 @@ class Memory:
         sizes = {k: weight_bytes(v) for k, v in parts.items()}
         self.weights = sum(sizes.values())
         self.of_vae = sizes["vae"]
-        self.of_denoiser = sizes["unet"] + sizes.get("controlnet", 0)
-        self.itemsize = pipe.unet.dtype.itemsize
+        self.of_denoiser = weight_bytes(denoiser(pipe)) + sizes.get("controlnet", 0)
+        self.itemsize = denoiser(pipe).dtype.itemsize
         self.unit, self.channels = pipe.vae_scale_factor, pipe.vae.config.latent_channels
 
     def beside(self, what: str, height: int, width: int) -> int:
@@ -142,6 +144,8 @@ def engine_for(
     pipe: Any, memory: Memory, stage: Stage, scratch: Path | None, *, dry: bool = False
 ) -> Any:
     """`bounded` with what the budget leaves to a stage."""
+    if is_transformer(pipe):
+        return contextlib.nullcontext()
     share = memory.share("denoise", stage.height, stage.width)
     return bounded(pipe, share, scratch=scratch, dry=dry)
 
@@ -337,8 +341,8 @@ def latent_size(pipe: Any, stage: Stage) -> tuple[int, int]:
 
 def latents_dtype(pipe: Any) -> torch.dtype:
     """The dtype that the pipelines give to latents: that of the prompt's embedding."""
-    encoders = (getattr(pipe, name, None) for name in ("text_encoder_2", "text_encoder", "unet"))
-    return next(part for part in encoders if part is not None).dtype
+    encoders = (getattr(pipe, name, None) for name in ("text_encoder_2", "text_encoder"))
+    return next((part for part in encoders if part is not None), denoiser(pipe)).dtype
 
 
 def _resident() -> int:
