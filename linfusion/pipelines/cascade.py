@@ -13,6 +13,7 @@ from typing import Any
 from linfusion.layers import record_of
 from linfusion.linearize import as_softmax, linearize, restore
 from linfusion.pipelines.hosts import denoiser, is_transformer, window_options
+from linfusion.pipelines.stages import Job, Stage
 
 Clear = Mapping[str, Any] | bool
 
@@ -57,11 +58,18 @@ def with_windows(pipe: Any, clear: Clear) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_drawn(pipe: Any, clear: Clear, strength: float | None) -> Iterator[None]:
-    """Within `with_windows`, a transformer attends as in a stage of this strength."""
-    softmax = is_transformer(pipe) and clear is not False and strength is None
+def as_drawn(pipe: Any, job: Job, stage: Stage) -> Iterator[None]:
+    """Within `with_windows`, the denoiser attends as in this stage."""
+    softmax = job.softmax_base and stage.strength is None
     with as_softmax(pipe) if softmax else contextlib.nullcontext():
         yield
+
+
+def laid_aside(pipe: Any) -> int:
+    """Bytes of weights that a student replaces, which stay in memory for the base stage."""
+    record = record_of(denoiser(pipe))
+    layers = [] if record is None else record.layers.values()
+    return sum(t.nbytes for layer in layers for t in layer.base_weights.values())
 
 
 def pooled_by(pipe: Any) -> int:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from linfusion.pipelines.bounded import bounded
 from linfusion.pipelines.budget import Ledger, parse_bytes, weight_bytes
+from linfusion.pipelines.cascade import as_drawn, laid_aside
 from linfusion.pipelines.denoise import denoise
 from linfusion.pipelines.enlarge import Enlarged
-from linfusion.pipelines.hosts import denoiser, is_transformer, native_size
+from linfusion.pipelines.hosts import controlnets, denoiser, is_transformer, native_size
 from linfusion.pipelines.pictures import bytes_needed
 from linfusion.pipelines.plan import Plan, Work
 from linfusion.pipelines.resume import Replay
@@ -27,6 +28,7 @@ from linfusion.pipelines.stages import Job, Stage
 from linfusion.pipelines.vae import decode_rows, encode_rows
 
 LATENTS_HELD = 8  # copies that pipeline, scheduler and guidance hold while the UNet runs
+PULLED = 6  # more in float32, that low-resolution guidance holds after the forward
 _SECONDS = 1.0  # a forward that takes as long is one to extrapolate from
 
 
@@ -46,7 +48,7 @@ class Memory:
         self.job, self.budget = job, budget
         parts = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
         sizes = {k: weight_bytes(v) for k, v in parts.items()}
-        self.weights = sum(sizes.values())
+        self.weights = sum(sizes.values()) + laid_aside(pipe)
         self.of_vae = sizes["vae"]
         self.of_denoiser = weight_bytes(denoiser(pipe)) + sizes.get("controlnet", 0)
         self.itemsize = denoiser(pipe).dtype.itemsize
@@ -58,6 +60,8 @@ class Memory:
         if what == "denoise":
             latents = self.channels * pixels // self.unit**2 * self.itemsize
             controls = 0 if self.job.control is None else 3 * pixels * (4 + 2 * self.itemsize)
+            if any(stage.pull for stage in self.job.stages):
+                latents += PULLED * latents // LATENTS_HELD * 4 // self.itemsize
             return self.weights - self.of_denoiser + LATENTS_HELD * latents + controls
         others = self.weights - self.of_vae
         if what == "encode":  # Pillow's copy of the smaller picture, 4 bytes a pixel
@@ -144,8 +148,8 @@ def engine_for(
     pipe: Any, memory: Memory, stage: Stage, scratch: Path | None, *, dry: bool = False
 ) -> Any:
     """`bounded` with what the budget leaves to a stage."""
-    if is_transformer(pipe):
-        return contextlib.nullcontext()
+    if is_transformer(pipe) and controlnets(pipe):
+        return contextlib.nullcontext()  # HighResPipeline has refused a budget
     share = memory.share("denoise", stage.height, stage.width)
     return bounded(pipe, share, scratch=scratch, dry=dry)
 
@@ -190,7 +194,7 @@ def _dry(
         steps=steps,
         peak_bytes=ledger.peak_bytes + memory.beside(what, stage.height, stage.width),
         scratch_bytes=ledger.peak_on_disk,
-        flops=ledger.flops,
+        flops=ledger.flops * (job.passes if what == "denoise" else 1),
     )
 
 
@@ -247,7 +251,7 @@ def _one_step(
         seconds = time.perf_counter() - begun
         raise _Enough
 
-    with bounded(pipe, share, scratch=scratch, dry=dry) as ledger:
+    with as_drawn(pipe, job, stage), bounded(pipe, share, scratch=scratch, dry=dry) as ledger:
         try:
             denoise(
                 pipe,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from linfusion.pipelines.forecast import (
     make_plan,
 )
 from linfusion.pipelines.guided import Scales, Statistics, restandardise, statistics
-from linfusion.pipelines.hosts import image_to_image
+from linfusion.pipelines.hosts import controlnets, image_to_image, is_transformer
 from linfusion.pipelines.plan import Plan
 from linfusion.pipelines.progress import advance, decode_weight, progress, step_weight
 from linfusion.pipelines.record import about_run, what_decides
@@ -95,6 +95,8 @@ class HighResPipeline:
         self.clear = clear
         self.memory_budget = memory_budget
         self.budget = None if memory_budget is None else parse_bytes(memory_budget)
+        if self.budget is not None:
+            self._refuse_controlnet("memory_budget")
         self.scratch = None if scratch is None else Path(scratch)
         if self.scratch is not None and not self.scratch.is_dir():
             raise ValueError(f"scratch: there is no folder {self.scratch}")
@@ -212,10 +214,19 @@ class HighResPipeline:
             for k, v in (HighResPipeline.__call__.__kwdefaults__ or {}).items()
             if k not in call
         }
+        self._refuse_controlnet("plan")
         call = {"prompt": prompt, **defaults, **call}
         with self._prepared(call, self._job(call)) as job:
             return make_plan(
                 self.pipe, self.sibling, job, self.memory_budget, self.scratch, measure=measure
+            )
+
+    def _refuse_controlnet(self, name: str) -> None:
+        if is_transformer(self.pipe) and controlnets(self.pipe):
+            raise ValueError(
+                f"{name}: {type(self.pipe).__name__} encodes its control picture and keeps the"
+                " ControlNet's residuals whole, which is not counted; accepted is a run without a"
+                " budget"
             )
 
     @contextlib.contextmanager
@@ -233,7 +244,9 @@ class HighResPipeline:
         scales = Scales(**{field.name: call.pop(field.name) for field in fields(Scales)})
         known = inspect.signature(make_job).parameters
         extra = {name: call.pop(name) for name in list(call) if name not in known}
-        return make_job(self.pipe, self.sibling, scales=scales, extra=extra, pooled=pooled, **call)
+        job = make_job(self.pipe, self.sibling, scales=scales, extra=extra, pooled=pooled, **call)
+        softmax = is_transformer(self.pipe) and self.clear is not False
+        return replace(job, softmax_base=softmax)
 
     def _latents(
         self,
@@ -313,7 +326,7 @@ class HighResPipeline:
             return changed
 
         with (
-            as_drawn(self.pipe, self.clear, stage.strength),
+            as_drawn(self.pipe, job, stage),
             engine_for(self.pipe, memory, stage, self.scratch),
         ):
             latents = denoise(

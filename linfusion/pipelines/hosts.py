@@ -10,7 +10,7 @@ from diffusers import AutoPipelineForImage2Image
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
-_TRANSFORMERS = ("FluxTransformer2DModel", "SD3Transformer2DModel")
+TRANSFORMERS = ("FluxTransformer2DModel", "SD3Transformer2DModel")
 _ACCEPTED = (
     "accepted is a text-to-image pipeline with a UNet, FLUX's or Stable Diffusion 3's transformer,"
     " such as StableDiffusionPipeline, StableDiffusionXLPipeline, FluxPipeline,"
@@ -55,12 +55,12 @@ def denoiser(pipe: Any) -> Any:
 
 def is_transformer(pipe: Any) -> bool:
     """Whether FLUX's or Stable Diffusion 3's transformer denoises."""
-    return type(getattr(pipe, "transformer", None)).__name__ in _TRANSFORMERS
+    return type(getattr(pipe, "transformer", None)).__name__ in TRANSFORMERS
 
 
 def is_packed(pipe: Any) -> bool:
     """Whether the pipeline's latents are tokens of two by two latent pixels, as FLUX's are."""
-    return type(getattr(pipe, "transformer", None)).__name__ == _TRANSFORMERS[0]
+    return type(getattr(pipe, "transformer", None)).__name__ == TRANSFORMERS[0]
 
 
 def recipe(pipe: Any) -> Recipe:

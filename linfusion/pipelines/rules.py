@@ -16,12 +16,13 @@ from torch import Tensor
 
 from linfusion.kernels import LinearState, linear_read, linear_state
 from linfusion.pipelines.rows import RULES, Node, Rows, map_rows
+from linfusion.pipelines.tokens import cat_tokens, held, split_tokens
 
 # fmt: off
 POINTWISE = [
     "add", "sub", "rsub", "mul", "div", "true_divide", "neg", "abs", "exp", "pow", "square", "sqrt",
-    "rsqrt", "clamp", "sigmoid", "tanh", "relu", "silu", "gelu", "leaky_relu", "softplus", "mish",
-    "hardswish", "elu", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__",
+    "rsqrt", "clamp", "clip", "sigmoid", "tanh", "relu", "silu", "gelu", "leaky_relu", "softplus",
+    "mish", "hardswish", "elu", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__",
     "__truediv__", "__neg__", "__pow__",
 ]
 # fmt: on
@@ -82,7 +83,9 @@ def _dropout(
 def _permute(func: Any, x: Rows, *dims: Any) -> Any:
     ndim = len(x.node.shape)
     order = [d % ndim for d in _ints(dims)]
-    return map_rows(lambda t: t.permute(order), (x,), axis=order.index(x.node.axis))
+    moved = map_rows(lambda t: t.permute(order), (x,), axis=order.index(x.node.axis))
+    moved.node.view = True
+    return moved
 
 
 @rule("transpose", "swapaxes")
@@ -135,11 +138,11 @@ def _unflatten(func: Any, x: Rows, dim: int, sizes: Sequence[int]) -> Any:
     return _reshape(func, x, [*shape[:dim], *sizes, *shape[dim + 1 :]])
 
 
-@rule("chunk", "split", "tensor_split")
+@rule("chunk", "split", "split_with_sizes", "tensor_split")
 def _split(func: Any, x: Rows, parts: Any, dim: int = 0) -> Any:
     dim %= len(x.node.shape)
     if dim == x.node.axis:
-        return NotImplemented
+        return split_tokens(x, parts) if x.node.line == 1 else NotImplemented
     pieces = func(torch.empty(x.node.shape, device="meta"), parts, dim)
     out, start = [], 0
     for size in (p.shape[dim] for p in pieces):
@@ -157,7 +160,7 @@ def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     node = next(t.node for t in tensors if isinstance(t, Rows))
     dim %= len(node.shape)
     if dim == node.axis:
-        return NotImplemented
+        return cat_tokens(tensors) if node.line == 1 else NotImplemented
     whole = [
         t if isinstance(t, Rows) else Rows(Node.leaf(e, e.store.keep(t, node.axis, node.line)))
         for e in [node.engine]
@@ -394,15 +397,17 @@ def _attention(
     engine = query.node.engine
     pixels = [t.node for t in (key, value) if isinstance(t, Rows)]
     engine.settle_common([query.node], pixels)
-    key, value = (engine.whole(t) if isinstance(t, Rows) else t for t in (key, value))
+    # Counted for as long as they are used, not only while the model holds them.
+    counted = [t for t in (key, value) if isinstance(t, Rows)]
+    key, value = (held(t) if isinstance(t, Rows) else t for t in (key, value))
     options: dict[str, Any] = {"attn_mask": attn_mask, "scale": scale, "enable_gqa": enable_gqa}
     if key.is_meta:  # a dry run: keys of pixels were not computed
 
-        def attend(q: Tensor) -> Tensor:
+        def attend(q: Tensor, _counted: Any = counted) -> Tensor:
             return q.new_empty(*q.shape[:-1], value.shape[-1])
     else:
 
-        def attend(q: Tensor) -> Tensor:
+        def attend(q: Tensor, _counted: Any = counted) -> Tensor:
             if q.is_meta:
                 return q.new_empty(*q.shape[:-1], value.shape[-1])
             return F.scaled_dot_product_attention(q, key, value, **options)

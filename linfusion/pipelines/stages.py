@@ -80,6 +80,13 @@ class Job:
     output: Path | None = None
     output_type: str = "pil"
     shift: float | None = None  # of the later stages; None is the scheduler's own
+    softmax_base: bool = False  # whether a linear transformer draws the base picture with softmax
+
+    @property
+    def passes(self) -> int:
+        """Forwards of a step: FLUX runs those of true guidance one after the other."""
+        negative = self.call.get("negative_prompt", self.call.get("negative_prompt_embeds"))
+        return 1 + (negative is not None and self.call.get("true_cfg_scale", 1.0) > 1)
 
     @property
     def height(self) -> int:
