@@ -124,8 +124,10 @@ def _take_latents(sibling: Any) -> None:
 
 def native_size(pipe: Any) -> int:
     """The side in pixels that the model was made for."""
+    if is_packed(pipe):  # its transformer does not say; its VAE was made for the same
+        return pipe.vae.config.sample_size
     if is_transformer(pipe):
-        return pipe.default_sample_size * pipe.vae_scale_factor
+        return pipe.transformer.config.sample_size * pipe.vae_scale_factor
     own = pipe.unet.config.sample_size
     return (max(own) if isinstance(own, (list, tuple)) else own) * pipe.vae_scale_factor
 

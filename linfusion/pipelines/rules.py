@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linfusion.kernels import LinearState, linear_read, linear_state
+import linfusion.pipelines.attending  # noqa: F401  fills its part of the table
 from linfusion.pipelines.rows import RULES, Node, Rows, map_rows
-from linfusion.pipelines.tokens import cat_tokens, held, split_tokens
+from linfusion.pipelines.tokens import cat_tokens, split_tokens
 
 # fmt: off
 POINTWISE = [
@@ -373,76 +373,6 @@ def _band_moments(band: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         torch.stack(of).double().unflatten(1, (groups, -1)) for of in zip(*found, strict=True)
     )
     return average.mean(2), variance.mean(2) + average.var(2, correction=0)
-
-
-# ---- attention
-
-
-@rule("scaled_dot_product_attention")
-def _attention(
-    func: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    if not isinstance(query, Rows) or query.node.axis != len(query.node.shape) - 2 or is_causal:
-        return NotImplemented
-    if dropout_p or (attn_mask is not None and attn_mask.ndim > 1 and attn_mask.shape[-2] > 1):
-        return NotImplemented
-    engine = query.node.engine
-    pixels = [t.node for t in (key, value) if isinstance(t, Rows)]
-    engine.settle_common([query.node], pixels)
-    # Counted for as long as they are used, not only while the model holds them.
-    counted = [t for t in (key, value) if isinstance(t, Rows)]
-    key, value = (held(t) if isinstance(t, Rows) else t for t in (key, value))
-    options: dict[str, Any] = {"attn_mask": attn_mask, "scale": scale, "enable_gqa": enable_gqa}
-    if key.is_meta:  # a dry run: keys of pixels were not computed
-
-        def attend(q: Tensor, _counted: Any = counted) -> Tensor:
-            return q.new_empty(*q.shape[:-1], value.shape[-1])
-    else:
-
-        def attend(q: Tensor, _counted: Any = counted) -> Tensor:
-            if q.is_meta:
-                return q.new_empty(*q.shape[:-1], value.shape[-1])
-            return F.scaled_dot_product_attention(q, key, value, **options)
-
-    work = 2 * math.prod(query.node.shape[:-1]) * key.shape[-2] * (key.shape[-1] + value.shape[-1])
-    return map_rows(attend, (query,), flops=work)
-
-
-@rule("linear_attention")
-def _linear_attention(
-    func: Any, q: Any, k: Any, v: Any, *, key_weight: Tensor | None = None, **options: Any
-) -> Any:
-    if not all(isinstance(t, Rows) and t.node.axis == 1 for t in (q, k, v)):
-        return NotImplemented
-    if options.get("impl") == "reference":
-        return NotImplemented
-    engine, line = q.node.engine, k.node.line
-    engine.settle_common([q.node], [k.node, v.node])
-    state: LinearState | None = None
-    normalizer, eps = options.pop("normalizer"), options.pop("eps")
-    for start, stop, (keys, values) in engine.passes(k.node, v.node):
-        piece = None if key_weight is None else key_weight[:, start * line : stop * line]
-        part = linear_state(keys, values, key_weight=piece, **options)
-        state = part if state is None else state.merge(part)
-    width, dtype = v.node.shape[-1], v.node.dtype
-
-    def read(t: Tensor) -> Tensor:
-        if t.is_meta:
-            return t.new_empty(*t.shape[:-1], width, dtype=dtype)
-        assert state is not None
-        return linear_read(t, state, normalizer=normalizer, eps=eps, **options).to(dtype)
-
-    dim = q.node.shape[-1]
-    engine.flops += 2 * math.prod(k.node.shape) * width
-    return map_rows(read, (q,), flops=2 * math.prod(q.node.shape[:-1]) * dim * width)
 
 
 def _picture(

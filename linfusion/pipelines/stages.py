@@ -244,7 +244,9 @@ def _guidance(
     """One guidance scale a stage."""
     scales: list[Any] = list(known if draws else known[1:])
     if given is not None:
-        scales = list(given) if isinstance(given, Sequence) else [given]
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            given = [given]
+        scales = list(given)
         if not 0 < len(scales) <= count:
             raise ValueError(
                 f"guidance_scale: got {len(scales)} for {count} stages; accepted is one for all, or"

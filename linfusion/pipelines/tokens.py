@@ -5,7 +5,6 @@ There a row is a token: text and image are joined to one sequence and taken apar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +20,8 @@ def cat_tokens(tensors: Sequence[Tensor]) -> Rows:
     node, axis = main.node, main.node.axis
     at = next(i for i, t in enumerate(tensors) if t is main)
     # Of the others, which are text, whole tensors; the Rows are held for as long as these.
-    parts = [t if t is main else _whole(t) for t in tensors]
-    held = [t for t in tensors if t is not main]
+    parts = [t if t is main else whole(t) for t in tensors]
+    kept = [t for t in tensors if t is not main]
     offset = sum(p.shape[axis] for p in parts[:at])
     shape = list(node.shape)
     shape[axis] = sum(p.shape[axis] for p in parts)
@@ -30,7 +29,7 @@ def cat_tokens(tensors: Sequence[Tensor]) -> Rows:
     def needs(start: int, stop: int) -> tuple[int, int]:
         return _inside(node, start - offset, stop - offset)
 
-    def compute(start: int, stop: int, bands: list[Tensor], _held: Any = held) -> Tensor:
+    def compute(start: int, stop: int, bands: list[Tensor], _kept: Any = kept) -> Tensor:
         found, begin = [], 0
         for i, part in enumerate(parts):
             low, high = max(start - begin, 0), min(stop - begin, part.shape[axis])
@@ -72,7 +71,8 @@ def held(rows: Rows) -> Tensor:
     return engine.whole(Rows(parent)).narrow(node.axis, start, stop - start)
 
 
-def _whole(value: Tensor) -> Tensor:
+def whole(value: Tensor) -> Tensor:
+    """`held`, of a tensor that may be plain."""
     return held(value) if isinstance(value, Rows) else value
 
 
@@ -175,36 +175,6 @@ def _moved(source: Tensor, dim: int, index: Tensor) -> Tensor:
     return source.index_select(dim, index)
 
 
-def _window_attention(
-    func: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    grid: tuple[int, ...],
-    radius: float,
-    context: Any = None,
-    pooled: Any = None,
-    return_lse: bool = False,
-    **options: Any,
-) -> Any:
-    """Whole queries, keys and values, as windows overlap; the kernel itself needs no more."""
-    rows = [t for t in (q, k, v) if isinstance(t, Rows)]
-    if return_lse or any(t.node.axis != 1 or t.node.line != 1 for t in rows):
-        return NotImplemented
-    engine = rows[0].node.engine
-    q_, k_, v_ = (_whole(t) for t in (q, k, v))
-    seen = [None if pair is None else tuple(_whole(t) for t in pair) for pair in (context, pooled)]
-    keys = sum(pair[0].shape[1] for pair in seen if pair is not None)
-    keys += min(k_.shape[1], math.ceil(math.pi * radius**2))
-    engine.flops += 4 * math.prod(q_.shape) * keys
-    if engine.dry:
-        out = torch.empty(q_.shape, dtype=v_.dtype, device="meta")
-    else:
-        out = func(q_, k_, v_, grid=grid, radius=radius, context=seen[0], pooled=seen[1], **options)
-    return Rows(Node.leaf(engine, engine.store.adopt(out, 1, 1)))
-
-
 RULES.update(
     {
         "__getitem__": _getitem,
@@ -212,6 +182,5 @@ RULES.update(
         "stack": _stack,
         "mean": _mean,
         "index_select": _index_select,
-        "window_attention": _window_attention,
     }
 )
