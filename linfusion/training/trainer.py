@@ -84,6 +84,46 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
 
     out = writable_folder("output_dir", config.output_dir)
     writable_folder("cache_dir", config.cache_path)
+    with _accelerator(config, out) as accelerator:
+        set_seed(config.seed)
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        if accelerator.is_main_process:
+            remove_leftovers(out)
+            (out / "train_config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+
+        pipe.to(accelerator.device)
+        with accelerator.main_process_first():
+            data = TrainingSet(config, pipe, examples, processes=accelerator.num_processes)
+        if not config.validation_steps:  # nothing is encoded or decoded from here on
+            for name in ("vae", "text_encoder", "text_encoder_2"):
+                if getattr(pipe, name, None) is not None and accelerator.device.type != "cpu":
+                    getattr(pipe, name).to("cpu")
+
+        pair = Distillation(
+            pipe.unet,
+            weights=config.weights,
+            train_projections=config.train_projections,
+            projection_mid_dim=config.projection_mid_dim,
+        )
+        checkpointing = pipe.unet.is_gradient_checkpointing
+        try:
+            if config.gradient_checkpointing:
+                pipe.unet.enable_gradient_checkpointing()
+            _train(config, accelerator, pipe, pair, scheduler, data, resume)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                pair.save(out)
+        finally:
+            if config.gradient_checkpointing and not checkpointing:
+                pipe.unet.disable_gradient_checkpointing()
+            pipe.unet = accelerator.unwrap_model(pipe.unet, keep_fp32_wrapper=False)
+            pair.close()
+    return out
+
+
+@contextmanager
+def _accelerator(config: TrainConfig, out: Path) -> Iterator[Accelerator]:
+    """One for this run; the next run of the process may want another precision."""
     first = not AcceleratorState._shared_state
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -91,44 +131,13 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
         log_with=config.report_to,
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / "logs")),
     )
-    set_seed(config.seed)
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    if accelerator.is_main_process:
-        remove_leftovers(out)
-        (out / "train_config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-
-    pipe.to(accelerator.device)
-    with accelerator.main_process_first():
-        data = TrainingSet(config, pipe, examples, processes=accelerator.num_processes)
-    if not config.validation_steps:  # nothing is encoded or decoded from here on
-        for name in ("vae", "text_encoder", "text_encoder_2"):
-            if getattr(pipe, name, None) is not None and accelerator.device.type != "cpu":
-                getattr(pipe, name).to("cpu")
-
-    pair = Distillation(
-        pipe.unet,
-        weights=config.weights,
-        train_projections=config.train_projections,
-        projection_mid_dim=config.projection_mid_dim,
-    )
-    checkpointing = pipe.unet.is_gradient_checkpointing
     try:
-        if config.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
-        _train(config, accelerator, pipe, pair, scheduler, data, resume)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            pair.save(out)
+        yield accelerator
     finally:
         accelerator.end_training()
-        if config.gradient_checkpointing and not checkpointing:
-            pipe.unet.disable_gradient_checkpointing()
-        pipe.unet = accelerator.unwrap_model(pipe.unet, keep_fp32_wrapper=False)
-        pair.close()
         accelerator.free_memory()
-        if first:  # the next run of this process may want another precision
+        if first:
             AcceleratorState._reset_state()
-    return out
 
 
 def load_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
