@@ -327,7 +327,7 @@ def test_a_pipeline_that_is_linear_already_is_refused_and_stays_so(tmp_path):
 def test_a_pipeline_without_a_unet_is_refused(tmp_path):
     pipe = tiny_sd_pipeline()
     pipe.unet = None
-    with pytest.raises(ValueError, match="StableDiffusionPipeline has no unet"):
+    with pytest.raises(ValueError, match="StableDiffusionPipeline has neither a unet"):
         distill(settings(tmp_path), pipeline=pipe)
 
 
