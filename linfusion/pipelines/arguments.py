@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 
 def draw_arguments(
     pipe: Any,
-    prompts: str | Sequence[str],
+    count: int | None = None,
     *,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
 ) -> dict[str, Any]:
-    """Arguments of `pipe(...)` for prompts, their guidance and the length of their text.
+    """Arguments of `pipe(...)` for guidance and the length of the text.
 
     A FLUX model without a guidance embedding takes classifier-free guidance as `true_cfg_scale`,
     beside a negative prompt. A T5 tokenizer that was made for fewer tokens than the pipeline asks
@@ -22,7 +21,7 @@ def draw_arguments(
 
     Args:
         pipe: a text-to-image pipeline.
-        prompts: one or several.
+        count: of the prompts, where they are a list.
         guidance_scale: of classifier-free guidance, or of the model's embedding of it; None leaves
             the pipeline's own default.
         negative_prompt: for all prompts; None is that of the pipeline.
@@ -31,27 +30,23 @@ def draw_arguments(
         ValueError: a negative prompt that would not be read.
     """
     accepted = inspect.signature(type(pipe).__call__).parameters
-    found: dict[str, Any] = {"prompt": prompts if isinstance(prompts, str) else list(prompts)}
     denoiser = getattr(pipe, "transformer", None)
     embedded = getattr(getattr(denoiser, "config", None), "guidance_embeds", None)
+    found: dict[str, Any] = {}
     if "true_cfg_scale" in accepted and embedded is False:
         scale = 1.0 if guidance_scale is None else guidance_scale
         if scale > 1:
-            negative = negative_prompt or ""
-            several = negative if isinstance(prompts, str) else [negative] * len(prompts)
-            found |= {"true_cfg_scale": scale, "negative_prompt": several}
+            found["true_cfg_scale"] = scale
+            negative_prompt = negative_prompt or ""
         elif negative_prompt:
             raise ValueError(
                 f"negative_prompt: {type(pipe).__name__} reads it only with a guidance_scale above"
                 f" 1; got {scale}"
             )
-    else:
-        if guidance_scale is not None:
-            found["guidance_scale"] = guidance_scale
-        if negative_prompt is not None:
-            found["negative_prompt"] = (
-                negative_prompt if isinstance(prompts, str) else [negative_prompt] * len(prompts)
-            )
+    elif guidance_scale is not None:
+        found["guidance_scale"] = guidance_scale
+    if negative_prompt is not None:
+        found["negative_prompt"] = negative_prompt if count is None else [negative_prompt] * count
     if (length := text_length(pipe)) is not None:
         found["max_sequence_length"] = length
     return found

@@ -89,7 +89,8 @@ class Teacher(ABC):
         **kwargs: Any,
     ) -> Any:
         return self.pipe(
-            **draw_arguments(self.pipe, prompts, guidance_scale=config.teacher_guidance_scale),
+            list(prompts),
+            **draw_arguments(self.pipe, len(prompts), guidance_scale=config.teacher_guidance_scale),
             height=size[0],
             width=size[1],
             num_inference_steps=config.teacher_steps,
