@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.flux import flux
 from benchmarks.highres import highres
 from benchmarks.linear import core, layer, scaling
 from benchmarks.measure import HEADER, Row, keep, line, machine
@@ -23,6 +24,7 @@ BENCHMARKS = {
     "unet": (unet,),
     "highres": (highres,),
     "window": (flex, softmax, window_scaling),
+    "flux": (flux,),
 }
 
 

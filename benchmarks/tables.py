@@ -11,6 +11,7 @@ from benchmarks.measure import RESULTS, machine
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 START, STOP = "## Measured\n", "## Your own size\n"
 HALVES = ("float32", "bfloat16")
+RATIOS = ("speedup", "memory_ratio")
 HIGH = ("softmax", "linear", "bounded")
 
 
@@ -98,7 +99,41 @@ def measured(rows: list[dict[str, str]], where: str) -> str:
     parts.append(_markdown(table))
     side = value("step", "bounded", 2048, "bfloat16", "speedup")
     parts.append(f"In turns at 2,048 px the step in bands is {side} as fast as the plain one.")
+    parts += _window(found)
     return "\n\n".join(parts)
+
+
+def _window(found: dict[tuple[str, str, int, str], dict[str, str]]) -> list[str]:
+    """CLEAR: the kernel against its rivals, its growth, and a step of FLUX's width."""
+    rivals = [
+        ("compiled FlexAttention, 128 × 128, r = 8", "window 8", 128, "speedup"),
+        ("compiled FlexAttention, 128 × 128, r = 16", "window 16", 128, "speedup"),
+        ("SDPA without a mask, 64 × 64, r = 8", "softmax", 64, "speedup"),
+        ("memory of SDPA with a dense mask, 64 × 64, r = 8", "dense mask", 64, "memory_ratio"),
+    ]
+    table = [["against", "fp32", "bf16"]]
+    for name, kernel, side, column in rivals:
+        rows = [found.get((kernel, "blocked", side * side, d)) for d in HALVES]
+        table.append([name, *(f"{float(r[column]):.2f}×" if r else "–" for r in rows)])
+    parts = ["CLEAR's window attention, 8 heads × 64, forward:", _markdown(table)]
+    table = [["grid", "fp32", "bf16"]]
+    for side in (128, 256, 512):
+        rows = [found.get(("window grid", "blocked", side * side, d)) for d in HALVES]
+        costs = [f"{1 / float(r['speedup']):.2f}×" if r else "–" for r in rows]
+        table.append([f"{side} × {side}", *costs])
+    parts += ["Time of a token there, r = 8, against that on a 64 × 64 grid:", _markdown(table)]
+    parts.append(
+        "One step of a transformer of FLUX's width, cut to 2 double and 4 single blocks (random"
+        " weights, bf16), against full attention through SDPA:"
+    )
+    table = [["pixels", "softmax", "CLEAR, r = 8", "gain", "memory"]]
+    for pixels in (1024, 2048):
+        rows = [found.get(("flux", p, pixels, "bfloat16")) for p in ("softmax", "clear 8")]
+        seconds = [f"{float(r['ms']) / 1e3:.1f} s" if r else "–" for r in rows]
+        gains = [f"{float(rows[1][c]):.2f}×" if rows[1] else "–" for c in RATIOS]
+        table.append([f"{pixels:,}", *seconds, *gains])
+    parts.append(_markdown(table))
+    return parts
 
 
 def _markdown(table: list[list[str]]) -> str:
