@@ -52,18 +52,10 @@ def measured(rows: list[dict[str, str]], where: str) -> str:
         "The whole layer is bound by its matrix products, which are the same for both; there the"
         " gain of `fuse` is memory."
     )
-    parts.append(
-        "Time of a token, against that at 16,384 tokens. `THP_MEM_ALLOC_ENABLE=1` in the"
-        " environment has torch ask for huge pages; without, the system's work for pages of each"
-        " new output begins to count:"
-    )
-    table = [["tokens", "fp32", "bf16", "fp32, huge pages", "bf16, huge pages"]]
+    parts.append("Time of a token, against that at 16,384 tokens:")
+    table = [["tokens", "fp32", "bf16"]]
     for tokens in (65536, 262144):
-        relative = [
-            found.get(("scaling", provider, tokens, d))
-            for provider in ("blocked", "blocked, huge pages")
-            for d in HALVES
-        ]
+        relative = [found.get(("scaling", "blocked", tokens, d)) for d in HALVES]
         table.append(
             [f"{tokens:,}", *(f"{1 / float(r['speedup']):.2f}×" if r else "–" for r in relative)]
         )

@@ -245,7 +245,7 @@ def main() -> None:
                 torch._foreach_copy_(params, ema)
             preview(pipe, args.output / f"preview-{step}.png", args.size)
             if step == args.steps:
-                pipe.to(torch.bfloat16).save_pretrained(args.output / "pipeline")
+                pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
             else:
                 with torch.no_grad():
                     torch._foreach_copy_(params, kept)
