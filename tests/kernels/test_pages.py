@@ -36,18 +36,18 @@ def test_a_system_without_them_is_left_alone(monkeypatch):
 
 
 @pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()
-    or "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(),
     reason="a system without transparent huge pages",
 )
-def test_a_large_output_lies_in_huge_pages():
-    out = empty_output((1 << 25,), torch.float32, torch.device("cpu")).fill_(1)
-    huge = 0
-    inside = False
+def test_the_system_has_heard_the_advice():
+    out = empty_output((1 << 24,), torch.float32, torch.device("cpu"))
+    middle = out.data_ptr() + out.nbytes // 2
+    inside, flags = False, []
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in (first := line.split()[0]) and not first.endswith(":"):
+        first, *rest = line.split()
+        if "-" in first and not first.endswith(":"):
             low, high = (int(x, 16) for x in first.split("-"))
-            inside = low < out.data_ptr() + out.nbytes and high > out.data_ptr()
-        elif inside and line.startswith("AnonHugePages:"):
-            huge += int(line.split()[1]) << 10
-    assert huge > out.nbytes // 2
+            inside = low <= middle < high
+        elif inside and first == "VmFlags:":
+            flags = rest
+    assert "hg" in flags
