@@ -183,6 +183,7 @@ def main() -> None:
         pipe.save_pretrained(args.output / "start.tmp")
         (args.output / "start.tmp").rename(start)
     pipe = FluxPipeline.from_pretrained(start, dtype=torch.float32)
+    torch.manual_seed(args.seed)  # building it took some draws, or did not
     config = pipe.vae.config
     raw = encode(pipe.vae, data.load_pixels(items, args.size)) / config.scaling_factor
     latents = (raw - config.shift_factor) * config.scaling_factor
