@@ -53,7 +53,7 @@ def hybrid_losses(
         scheduler: with `betas` and `alphas_cumprod`, epsilon prediction.
         kd_noise: λ₁; 0.5 class-conditional, 1.0 text-to-image.
         kd_variance: λ₂; 0.05.
-        log_variance: compare log σ² instead of the raw head, whose scale does not vanish with t.
+        log_variance: compare log σ² instead of the raw head; its range shrinks as t grows.
 
     Raises:
         ValueError: shapes that do not agree; a λ without a teacher, or λ₂ without a variance head;
