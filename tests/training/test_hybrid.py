@@ -116,7 +116,7 @@ def test_the_last_step_is_the_likelihood_of_bins():
 
 
 def test_the_bound_is_finite_far_from_the_truth():
-    student, _, noise, x_t, x_0, t, s = batch()
+    student, _, _, x_t, x_0, t, s = batch()
     found = variational_bound(student[:, :4] * 50, student[:, 4:] * 3, x_t, x_0 * 4, t, s)
     assert found.isfinite().all()
 
