@@ -4,7 +4,7 @@
 
 Loss and network are DiT's (Peebles & Xie 2023) at the size of the zoo: noise and learned variance,
 adaLN-zero, labels dropped for classifier-free guidance. A run that was stopped goes on from its
-last checkpoint. The folder `pipeline` of the output is a stock DiTPipeline.
+last checkpoint. The folder `pipeline` of the output is a DiTPipeline that diffusers reads as well.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import data
 import loop
 import torch
 from classes import CLASSES, class_of
-from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import nn
 
+from linfusion.pipelines import DiTPipeline
 from linfusion.training.hybrid import hybrid_losses
 
 SIZE = 128
@@ -88,36 +89,18 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat(batches) * vae.config.scaling_factor
 
 
-@torch.no_grad()
-def sample(
-    dit: DiTTransformer2DModel, labels: torch.Tensor, steps: int, guidance: float
-) -> torch.Tensor:
-    """Latents of these classes by DDPM with the learned variance, always from the same noise."""
-    scheduler = build_scheduler()
-    scheduler.set_timesteps(steps)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(len(labels), 4, SIZE // 8, SIZE // 8, generator=generator)
-    both = torch.cat([labels, torch.full_like(labels, len(CLASSES))])
-    for t in scheduler.timesteps:
-        out = dit(torch.cat([x, x]), t.expand(len(both)), both).sample
-        (eps, variance), (null, _) = (half.chunk(2, 1) for half in out.chunk(2))
-        eps = null + guidance * (eps - null)
-        x = scheduler.step(torch.cat([eps, variance], 1), t, x, generator=generator).prev_sample
-    return x
-
-
-@torch.no_grad()
-def preview(dit: DiTTransformer2DModel, vae: AutoencoderKL, file: Path) -> None:
-    """One picture of each class in the upper row, a second one below."""
-    labels = torch.arange(len(CLASSES)).repeat(2)
-    latents = sample(dit, labels, steps=50, guidance=3.0)
-    pixels = vae.decode(latents / vae.config.scaling_factor).sample
-    pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+def preview(pipe: DiTPipeline, file: Path) -> None:
+    """One picture of each class in the upper row, a second one below, from the same noise."""
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        [*CLASSES, *CLASSES],
+        num_inference_steps=50,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+    ).images
     sheet = Image.new("RGB", (SIZE * len(CLASSES), SIZE * 2))
-    for i, picture in enumerate(pixels):
-        sheet.paste(
-            Image.fromarray(picture), (SIZE * (i % len(CLASSES)), SIZE * (i // len(CLASSES)))
-        )
+    for i, image in enumerate(images):
+        sheet.paste(image, (SIZE * (i % len(CLASSES)), SIZE * (i // len(CLASSES))))
     sheet.save(file)
 
 
@@ -146,6 +129,8 @@ def main() -> None:
         block.attn1.set_processor(AttnProcessor())  # 64 tokens: faster than fused on the CPU
     # What previews and the pipeline have; tied like the model, so that parameters correspond.
     averaged = copy.deepcopy(dit)
+    names = dict(enumerate(CLASSES))
+    pipe = DiTPipeline(averaged, vae, scheduler, id2label=names)
 
     params, ema = list(dit.parameters()), list(averaged.parameters())
     print(f"{sum(p.numel() for p in params):,} parameters, {len(items)} pictures", flush=True)
@@ -198,8 +183,7 @@ def main() -> None:
                 order=order,
             )
         if step % args.preview_every == 0 or step == args.steps:
-            preview(averaged, vae, args.output / f"preview-{step}.png")
-    names = dict(enumerate(CLASSES))
+            preview(pipe, args.output / f"preview-{step}.png")
     pipe = DiTPipeline(untied(averaged), vae, scheduler, id2label=names)
     pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
 
