@@ -13,6 +13,8 @@ import torch
 from benchmarks.flux import flux
 from benchmarks.highres import highres
 from benchmarks.linear import core, layer, scaling
+from benchmarks.lit import convolution, heads, step
+from benchmarks.lit import core as lit_core
 from benchmarks.measure import HEADER, Row, keep, line, machine
 from benchmarks.unet import SIZES, unet
 from benchmarks.window import flex, softmax
@@ -23,6 +25,8 @@ BENCHMARKS = {
     "scaling": (scaling,),
     "unet": (unet,),
     "highres": (highres,),
+    "lit": (lit_core, heads, convolution),
+    "dit": (step,),
     "window": (flex, softmax, window_scaling),
     "flux": (flux,),
 }

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tables`: the section "Measured" of docs/benchmarks.md, from results.csv."""
+"""`python -m benchmarks.tables`: the sections "Measured" of the docs, from results.csv."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from benchmarks.measure import RESULTS, machine
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 START, STOP = "## Measured\n", "## Your own size\n"
+LIT_PAGE, LIT_STOP = PAGE.with_name("lit.md"), "## The convolution\n"
+LIT_KERNELS = ("lit core", "lit heads", "lit conv", "DiT-XL/2")
 HALVES = ("float32", "bfloat16")
 RATIOS = ("speedup", "memory_ratio")
 HIGH = ("softmax", "linear", "bounded")
@@ -128,22 +130,95 @@ def _window(found: dict[tuple[str, str, int, str], dict[str, str]]) -> list[str]
     return parts
 
 
+def measured_lit(rows: list[dict[str, str]], where: str) -> str:
+    """The tables of LiT's page."""
+    found = {(r["kernel"], r["provider"], int(r["size"]), r["dtype"]): r for r in rows}
+
+    def row_of(*key: str | int) -> dict[str, str] | None:
+        return found.get(key)  # type: ignore[call-overload,no-any-return]
+
+    def speed(*key: str | int) -> str:
+        row = row_of(*key)
+        return f"{float(row['speedup']):.2f}×" if row else "–"
+
+    def time(*key: str | int) -> str:
+        row = row_of(*key)
+        ms = float(row["ms"]) if row else 0
+        return "–" if row is None else f"{ms / 1e3:.1f} s" if ms >= 1e3 else f"{ms:.0f} ms"
+
+    parts = [f"On {where}, by `make bench ONLY=lit` and `make bench ONLY=dit`."]
+    parts.append(
+        "The core of one layer of DiT-XL/2 (width 1152; projections excluded, the convolution"
+        " included), two heads, as times as fast as SDPA with 16 heads:"
+    )
+    table = [["tokens", "picture", "SDPA fp32", "LiT fp32", "", "SDPA bf16", "LiT bf16", ""]]
+    for tokens, pixels in ((256, 256), (1024, 512), (4096, 1024), (16384, 2048)):
+        line = [f"{tokens:,}", f"{pixels:,} px"]
+        for dtype in HALVES:
+            ours = ("lit core", "lit h=2", tokens, dtype)
+            line += [time("lit core", "sdpa", tokens, dtype), time(*ours), speed(*ours)]
+        table.append(line)
+    parts.append(_markdown(table))
+    parts.append("The same in fp32 for other numbers of heads, and where arithmetic is even:")
+    table = [["heads", "even at", *(f"{n:,} tokens" for n in (256, 1024, 4096))]]
+    for heads in (1, 2, 4, 8, 16, 32):
+        costs = [speed("lit heads", f"lit h={heads}", n, "float32") for n in (256, 1024, 4096)]
+        table.append([str(heads), f"{1152 // heads:,} tokens", *costs])
+    parts.append(_markdown(table))
+    parts.append(
+        "The shared filter as one call over the tokens where they lie, against one over"
+        " [B·h, d, H, W]: "
+        + ", ".join(
+            f"{speed('lit conv', 'lit', n, d)} at {n:,} tokens in {d}"
+            for n in (1024, 4096)
+            for d in HALVES
+        )
+        + "."
+    )
+    parts.append(
+        "One evaluation of 4 of the 28 equal blocks of DiT-XL/2 with its embeddings and head"
+        " (random weights, bf16, batch 1):"
+    )
+    table = [["pixels", "softmax", "LiT", ""]]
+    for pixels in (256, 512, 1024, 2048):
+        ours, softmax = (("DiT-XL/2", x, pixels, "bfloat16") for x in ("lit h=2", "softmax"))
+        table.append([f"{pixels:,}", time(*softmax), time(*ours), speed(*ours)])
+    parts.append(_markdown(table))
+    parts.append(
+        'With `layers="auto"` the model stays softmax at 256 px: '
+        + speed("DiT-XL/2", "lit h=2, auto", 256, "bfloat16")
+        + "."
+    )
+    return "\n\n".join(parts)
+
+
 def _markdown(table: list[list[str]]) -> str:
     head, *body = ("| " + " | ".join(row) + " |" for row in table)
     return "\n".join([head, "|" + "---|" * len(table[0]), *body])
 
 
 def main() -> None:
-    """Replace the section by the rows of the machine this runs on, or else of the last one."""
+    """Replace the sections by the rows of the machine this runs on, or else of the last one."""
     rows = list(csv.DictReader(RESULTS.open()))
-    here = [row for row in rows if row["machine"] == machine()]
-    where = here[0]["machine"] if here else rows[-1]["machine"]
-    section = measured([row for row in rows if row["machine"] == where], where)
-    before, rest = PAGE.read_text().split(START)
-    _, after = rest.split(STOP)
-    tmp = PAGE.with_suffix(".tmp")
-    tmp.write_text(f"{before}{START}\n{section}\n\n{STOP}{after}")
-    os.replace(tmp, PAGE)
+    lit = [row for row in rows if row["kernel"] in LIT_KERNELS]
+    others = [row for row in rows if row["kernel"] not in LIT_KERNELS]
+    _replace(PAGE, STOP, measured(*_of_one_machine(others)))
+    _replace(LIT_PAGE, LIT_STOP, measured_lit(*_of_one_machine(lit)))
+
+
+def _of_one_machine(rows: list[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
+    known = {row["machine"] for row in rows}
+    where = machine() if machine() in known else rows[-1]["machine"]
+    return [row for row in rows if row["machine"] == where], where
+
+
+def _replace(page: Path, stop: str, section: str) -> None:
+    """Put what stands between START and `stop`; the page is whole at every instant."""
+    before, rest = page.read_text().split(START)
+    _, after = rest.split(stop)
+    tmp = page.with_suffix(".tmp")
+    tmp.write_text(f"{before}{START}\n{section}\n\n{stop}{after}")
+    os.replace(tmp, page)
 
 
 if __name__ == "__main__":

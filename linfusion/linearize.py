@@ -55,9 +55,10 @@ def linearize(
     Args:
         model_or_pipe: a pipeline (its `unet` or `transformer` is taken; pass `pipe.controlnet` to
             take that), or a model: for "linfusion" one whose self-attention is diffusers'
-            `Attention`, for "clear" a FLUX or Stable Diffusion 3 transformer.
-        method: name of the mechanism: "linfusion" or "clear"; None is that of the weights, and
-            "linfusion" without weights.
+            `Attention`, for "clear" a FLUX or Stable Diffusion 3 transformer, for "lit" a DiT or
+            PixArt transformer.
+        method: name of the mechanism: "linfusion", "clear" or "lit"; None is that of the weights,
+            and "linfusion" without weights.
         weights: a distilled student: a folder or hub name in our form or the authors', a
             `.safetensors` file of CLEAR's authors (a path, or "user/repository/file.safetensors" on
             the hub), or a `LinFusion`. Where it holds attention projections they replace the
@@ -71,6 +72,8 @@ def linearize(
             `projection_mid_dim`, hidden channels of a fresh learned part (None: as many as the
             layer has, -1: none). "clear": those of `linfusion.attention.clear.Window`, as
             `radius=8, down_factor=1, proportional=False`; what is not given is as the weights say.
+            "lit": those of `linfusion.attention.lit.Form`, as `heads=2, conv="value_shared"`, and
+            `softmax_every=n`, which leaves every n-th layer as it is.
 
     Returns:
         `model_or_pipe`.
@@ -110,14 +113,18 @@ def linearize(
             f" {side.config['method']!r}; give the two the same one"
         )
     stored = None if side is None else {entry.path: entry.setting for entry in side.entries}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = {
+        name: value
+        for name, value in options.items()
+        if value is not None or name in mechanism.nullable
+    }
     settings = mechanism.settings(list(found), stored, options)
     learned: dict[str, dict[str, Any]] = (
         {path: {} for path in found}
         if side is None
         else fit(model, found, side, partial=layers is not None)
     )
-    paths = [path for path in found if path in learned]
+    paths = [path for path in found if path in learned and path in settings]
     if layers == "auto":
         paths = [
             path
@@ -301,7 +308,8 @@ def _look(model: nn.Module, args: Any) -> None:
             what = (
                 "linfusion.linearize(pipe) on that pipeline makes its guidance linear"
                 if kinds.startswith("PAG")
-                else "linfusion.linearize(model) puts them back with the weights they had,"
+                else f"linfusion.linearize(model, {record.method!r}) puts them back with the"
+                " weights they had,"
                 " linfusion.restore(model) makes the model softmax for good"
             )
             warnings.warn(

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from linfusion.kernels.linear_attention.common import accumulator
+from linfusion.kernels.linear_attention.common import RELU_EPS, accumulator
 from linfusion.kernels.pages import empty_output
 
 # Elements of a block: 2 MB in float32, near L2, and few enough calls. A short input is cut in SHARE
@@ -150,6 +150,8 @@ def _phi(x: Tensor, feature_map: str, y: Tensor, t: Tensor) -> Tensor:
         return y.copy_(x)
     if feature_map == "relu":
         return torch.clamp(x, min=0, out=y)
+    if feature_map == "relu_eps":
+        return torch.clamp(x, min=0, out=y).add_(RELU_EPS)
     # exp as exp2, whose float32 kernel takes a third of the time; where φ is not small, x is not
     # large and the rounding of x·log2(e) stays below that of the sum over d.
     torch.mul(x, LOG2_E, out=y).clamp_(max=0).exp2_()
@@ -183,6 +185,8 @@ def _slope(y: Tensor, feature_map: str) -> Tensor | float:
     """φ'(x) from y = φ(x)."""
     if feature_map == "elu1":
         return y.clamp(max=1)
+    if feature_map == "relu_eps":
+        return (y > RELU_EPS).to(y.dtype)
     return (y > 0).to(y.dtype) if feature_map == "relu" else 1.0
 
 
