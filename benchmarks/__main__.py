@@ -10,8 +10,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.flux import flux
 from benchmarks.highres import highres
 from benchmarks.linear import core, layer, scaling
+from benchmarks.lit import convolution, heads, step
+from benchmarks.lit import core as lit_core
 from benchmarks.measure import HEADER, Row, keep, line, machine
 from benchmarks.unet import SIZES, unet
 from benchmarks.window import flex, softmax
@@ -22,7 +25,10 @@ BENCHMARKS = {
     "scaling": (scaling,),
     "unet": (unet,),
     "highres": (highres,),
+    "lit": (lit_core, heads, convolution),
+    "dit": (step,),
     "window": (flex, softmax, window_scaling),
+    "flux": (flux,),
 }
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.tables`: the section "Measured" of docs/benchmarks.md, from results.csv."""
+"""`python -m benchmarks.tables`: the sections "Measured" of the docs, from results.csv."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from benchmarks.measure import RESULTS, machine
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 START, STOP = "## Measured\n", "## Your own size\n"
+LIT_PAGE, LIT_STOP = PAGE.with_name("lit.md"), "## The convolution\n"
+LIT_KERNELS = ("lit core", "lit heads", "lit conv", "DiT-XL/2")
 HALVES = ("float32", "bfloat16")
+RATIOS = ("speedup", "memory_ratio")
 HIGH = ("softmax", "linear", "bounded")
 
 
@@ -51,18 +54,10 @@ def measured(rows: list[dict[str, str]], where: str) -> str:
         "The whole layer is bound by its matrix products, which are the same for both; there the"
         " gain of `fuse` is memory."
     )
-    parts.append(
-        "Time of a token, against that at 16,384 tokens. `THP_MEM_ALLOC_ENABLE=1` in the"
-        " environment has torch ask for huge pages; without, the system's work for pages of each"
-        " new output begins to count:"
-    )
-    table = [["tokens", "fp32", "bf16", "fp32, huge pages", "bf16, huge pages"]]
+    parts.append("Time of a token, against that at 16,384 tokens:")
+    table = [["tokens", "fp32", "bf16"]]
     for tokens in (65536, 262144):
-        relative = [
-            found.get(("scaling", provider, tokens, d))
-            for provider in ("blocked", "blocked, huge pages")
-            for d in HALVES
-        ]
+        relative = [found.get(("scaling", "blocked", tokens, d)) for d in HALVES]
         table.append(
             [f"{tokens:,}", *(f"{1 / float(r['speedup']):.2f}×" if r else "–" for r in relative)]
         )
@@ -98,6 +93,102 @@ def measured(rows: list[dict[str, str]], where: str) -> str:
     parts.append(_markdown(table))
     side = value("step", "bounded", 2048, "bfloat16", "speedup")
     parts.append(f"In turns at 2,048 px the step in bands is {side} as fast as the plain one.")
+    parts += _window(found)
+    return "\n\n".join(parts)
+
+
+def _window(found: dict[tuple[str, str, int, str], dict[str, str]]) -> list[str]:
+    """CLEAR: the kernel against its rivals, its growth, and a step of FLUX's width."""
+    rivals = [
+        ("compiled FlexAttention, 128 × 128, r = 8", "window 8", 128, "speedup"),
+        ("compiled FlexAttention, 128 × 128, r = 16", "window 16", 128, "speedup"),
+        ("SDPA without a mask, 64 × 64, r = 8", "softmax", 64, "speedup"),
+        ("memory of SDPA with a dense mask, 64 × 64, r = 8", "dense mask", 64, "memory_ratio"),
+    ]
+    table = [["against", "fp32", "bf16"]]
+    for name, kernel, side, column in rivals:
+        rows = [found.get((kernel, "blocked", side * side, d)) for d in HALVES]
+        table.append([name, *(f"{float(r[column]):.2f}×" if r else "–" for r in rows)])
+    parts = ["CLEAR's window attention, 8 heads × 64, forward:", _markdown(table)]
+    table = [["grid", "fp32", "bf16"]]
+    for side in (128, 256, 512):
+        rows = [found.get(("window grid", "blocked", side * side, d)) for d in HALVES]
+        costs = [f"{1 / float(r['speedup']):.2f}×" if r else "–" for r in rows]
+        table.append([f"{side} × {side}", *costs])
+    parts += ["Time of a token there, r = 8, against that on a 64 × 64 grid:", _markdown(table)]
+    parts.append(
+        "One step of a transformer of FLUX's width, cut to 2 double and 4 single blocks (random"
+        " weights, bf16), against full attention through SDPA:"
+    )
+    table = [["pixels", "softmax", "CLEAR, r = 8", "gain", "memory"]]
+    for pixels in (1024, 2048):
+        rows = [found.get(("flux", p, pixels, "bfloat16")) for p in ("softmax", "clear 8")]
+        seconds = [f"{float(r['ms']) / 1e3:.1f} s" if r else "–" for r in rows]
+        gains = [f"{float(rows[1][c]):.2f}×" if rows[1] else "–" for c in RATIOS]
+        table.append([f"{pixels:,}", *seconds, *gains])
+    parts.append(_markdown(table))
+    return parts
+
+
+def measured_lit(rows: list[dict[str, str]], where: str) -> str:
+    """The tables of LiT's page."""
+    found = {(r["kernel"], r["provider"], int(r["size"]), r["dtype"]): r for r in rows}
+
+    def row_of(*key: str | int) -> dict[str, str] | None:
+        return found.get(key)  # type: ignore[call-overload,no-any-return]
+
+    def speed(*key: str | int) -> str:
+        row = row_of(*key)
+        return f"{float(row['speedup']):.2f}×" if row else "–"
+
+    def time(*key: str | int) -> str:
+        row = row_of(*key)
+        ms = float(row["ms"]) if row else 0
+        return "–" if row is None else f"{ms / 1e3:.1f} s" if ms >= 1e3 else f"{ms:.0f} ms"
+
+    parts = [f"On {where}, by `make bench ONLY=lit` and `make bench ONLY=dit`."]
+    parts.append(
+        "The core of one layer of DiT-XL/2 (width 1152; projections excluded, the convolution"
+        " included), two heads, as times as fast as SDPA with 16 heads:"
+    )
+    table = [["tokens", "picture", "SDPA fp32", "LiT fp32", "", "SDPA bf16", "LiT bf16", ""]]
+    for tokens, pixels in ((256, 256), (1024, 512), (4096, 1024), (16384, 2048)):
+        line = [f"{tokens:,}", f"{pixels:,} px"]
+        for dtype in HALVES:
+            ours = ("lit core", "lit h=2", tokens, dtype)
+            line += [time("lit core", "sdpa", tokens, dtype), time(*ours), speed(*ours)]
+        table.append(line)
+    parts.append(_markdown(table))
+    parts.append("The same in fp32 for other numbers of heads, and where arithmetic is even:")
+    table = [["heads", "even at", *(f"{n:,} tokens" for n in (256, 1024, 4096))]]
+    for heads in (1, 2, 4, 8, 16, 32):
+        costs = [speed("lit heads", f"lit h={heads}", n, "float32") for n in (256, 1024, 4096)]
+        table.append([str(heads), f"{1152 // heads:,} tokens", *costs])
+    parts.append(_markdown(table))
+    parts.append(
+        "The shared filter as one call over the tokens where they lie, against one over"
+        " [B·h, d, H, W]: "
+        + ", ".join(
+            f"{speed('lit conv', 'lit', n, d)} at {n:,} tokens in {d}"
+            for n in (1024, 4096)
+            for d in HALVES
+        )
+        + "."
+    )
+    parts.append(
+        "One evaluation of 4 of the 28 equal blocks of DiT-XL/2 with its embeddings and head"
+        " (random weights, bf16, batch 1):"
+    )
+    table = [["pixels", "softmax", "LiT", ""]]
+    for pixels in (256, 512, 1024, 2048):
+        ours, softmax = (("DiT-XL/2", x, pixels, "bfloat16") for x in ("lit h=2", "softmax"))
+        table.append([f"{pixels:,}", time(*softmax), time(*ours), speed(*ours)])
+    parts.append(_markdown(table))
+    parts.append(
+        'With `layers="auto"` the model stays softmax at 256 px: '
+        + speed("DiT-XL/2", "lit h=2, auto", 256, "bfloat16")
+        + "."
+    )
     return "\n\n".join(parts)
 
 
@@ -107,16 +198,27 @@ def _markdown(table: list[list[str]]) -> str:
 
 
 def main() -> None:
-    """Replace the section by the rows of the machine this runs on, or else of the last one."""
+    """Replace the sections by the rows of the machine this runs on, or else of the last one."""
     rows = list(csv.DictReader(RESULTS.open()))
-    here = [row for row in rows if row["machine"] == machine()]
-    where = here[0]["machine"] if here else rows[-1]["machine"]
-    section = measured([row for row in rows if row["machine"] == where], where)
-    before, rest = PAGE.read_text().split(START)
-    _, after = rest.split(STOP)
-    tmp = PAGE.with_suffix(".tmp")
-    tmp.write_text(f"{before}{START}\n{section}\n\n{STOP}{after}")
-    os.replace(tmp, PAGE)
+    lit = [row for row in rows if row["kernel"] in LIT_KERNELS]
+    others = [row for row in rows if row["kernel"] not in LIT_KERNELS]
+    _replace(PAGE, STOP, measured(*_of_one_machine(others)))
+    _replace(LIT_PAGE, LIT_STOP, measured_lit(*_of_one_machine(lit)))
+
+
+def _of_one_machine(rows: list[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
+    known = {row["machine"] for row in rows}
+    where = machine() if machine() in known else rows[-1]["machine"]
+    return [row for row in rows if row["machine"] == where], where
+
+
+def _replace(page: Path, stop: str, section: str) -> None:
+    """Put what stands between START and `stop`; the page is whole at every instant."""
+    before, rest = page.read_text().split(START)
+    _, after = rest.split(stop)
+    tmp = page.with_suffix(".tmp")
+    tmp.write_text(f"{before}{START}\n{section}\n\n{stop}{after}")
+    os.replace(tmp, page)
 
 
 if __name__ == "__main__":

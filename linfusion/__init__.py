@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from linfusion.attention.clear import CLEARProcessor
     from linfusion.attention.linfusion import LinFusionProcessor
+    from linfusion.attention.lit import LiTProcessor
     from linfusion.fuse import fuse, unfuse
+    from linfusion.inherit import inherit
     from linfusion.kernels import linear_attention, window_attention
     from linfusion.linearize import linearize, restore
     from linfusion.pipelines.highres import HighResPipeline
@@ -26,7 +28,9 @@ _HOME = {
     "HighResPipeline": "linfusion.pipelines.highres",
     "LinFusion": "linfusion.weights",
     "LinFusionProcessor": "linfusion.attention.linfusion",
+    "LiTProcessor": "linfusion.attention.lit",
     "fuse": "linfusion.fuse",
+    "inherit": "linfusion.inherit",
     "linear_attention": "linfusion.kernels",
     "linearize": "linfusion.linearize",
     "restore": "linfusion.linearize",
@@ -38,10 +42,12 @@ _HOME = {
 __all__ = [
     "CLEARProcessor",
     "HighResPipeline",
+    "LiTProcessor",
     "LinFusion",
     "LinFusionProcessor",
     "__version__",
     "fuse",
+    "inherit",
     "linear_attention",
     "linearize",
     "restore",

@@ -4,7 +4,11 @@ from importlib import import_module
 
 from linfusion.attention.base import Method
 
-_HOME = {"linfusion": "linfusion.attention.linfusion", "clear": "linfusion.attention.clear"}
+_HOME = {
+    "linfusion": "linfusion.attention.linfusion",
+    "clear": "linfusion.attention.clear",
+    "lit": "linfusion.attention.lit",
+}
 
 
 def names() -> list[str]:

@@ -43,8 +43,9 @@ class Method:
             are none.
         setting_key: name of a layer's setting in a checkpoint's `modules_list`.
         settings: `(paths, stored, options) -> {path: setting}`, from the options of `linearize`
-            and the settings `stored` with the weights, by path, or None without weights;
-            ValueError for an option it does not have or the weights do not allow.
+            and the settings `stored` with the weights, by path, or None without weights; a path
+            left out stays softmax. ValueError for an option it does not have or the weights do not
+            allow.
         child: `(attn, setting) -> module`, the freshly initialised learned part that hangs on the
             layer as `attn.<name>`; a fresh one changes nothing. Of `attn` only `query_dim` is read.
         is_fresh: whether a child still has the weights it was made with.
@@ -61,6 +62,7 @@ class Method:
             method does not run under perturbed-attention guidance.
         read_file: `(name, tensors) -> StudentFile` of the authors' files that are a bare state
             dict, or None if they published none.
+        nullable: names of options for which None is a value, not as if they were not given.
         attach: `(model, settings)`, puts on the whole model what the layers need to know; called
             after `linearize`.
         detach: `(model)`, takes that off again.
@@ -81,6 +83,7 @@ class Method:
     fused: Callable[[Attention, nn.Module | None, torch.dtype], nn.Module] | None = None
     pag_processors: Callable[[], tuple[object, object]] | None = None
     read_file: Callable[[str, Mapping[str, Tensor]], StudentFile] | None = None
+    nullable: tuple[str, ...] = ()
     attach: Callable[[nn.Module, Mapping[str, Any]], None] = lambda model, settings: None
     detach: Callable[[nn.Module], None] = lambda model: None
 

@@ -1,16 +1,21 @@
 """Pictures and videos of sizes that softmax attention and whole-picture memory do not reach."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from linfusion.pipelines.dit import DiTPipeline
     from linfusion.pipelines.highres import HighResPipeline
 
-__all__ = ["HighResPipeline"]
+_HOME = {
+    "DiTPipeline": "linfusion.pipelines.dit",
+    "HighResPipeline": "linfusion.pipelines.highres",
+}
+
+__all__ = ["DiTPipeline", "HighResPipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
-    from linfusion.pipelines.highres import HighResPipeline
-
-    return HighResPipeline
+    return getattr(import_module(_HOME[name]), name)

@@ -19,6 +19,7 @@ CHOICES = [
     ("elu1", None),
     ("relu", "mean"),
     ("relu", "sum"),
+    ("relu_eps", "mean"),
     ("identity", None),
 ]
 # B, N, M, H, D, E

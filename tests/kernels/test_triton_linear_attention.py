@@ -34,6 +34,7 @@ CHOICES = [
     ("relu", "mean"),
     ("relu", "sum"),
     ("relu", "none"),
+    ("relu_eps", "mean"),
     ("identity", "none"),
 ]
 

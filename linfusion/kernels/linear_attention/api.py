@@ -39,7 +39,8 @@ def linear_attention(
         q: queries [B, N, H, D], any strides.
         k: keys [B, M, H, D]; M may differ from N.
         v: values [B, M, H, E].
-        feature_map: φ. "elu1" is elu(x) + 1 (LinFusion), "relu" (SANA), "identity", or a function
+        feature_map: φ. "elu1" is elu(x) + 1 (LinFusion), "relu" (SANA), "relu_eps"
+            is relu(x) + 1e-6 (LiT), "identity", or a function
             from [B, T, H, D] to [B, T, H, D'] that gets q and k in the accumulator's dtype.
         normalizer: "mean" as above; "sum" puts eps on the sum over keys instead (SANA);
             None leaves the plain sum Σ_j φ(q_i)·φ(k_j) v_j (TransNormer, no denominator).

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FEATURE_MAPS = ("elu1", "relu", "identity")
+FEATURE_MAPS = ("elu1", "relu", "relu_eps", "identity")
+RELU_EPS = 1e-6  # what "relu_eps" adds; the Triton kernels have it as a literal
 NORMALIZERS = ("mean", "sum", "none")
 
 

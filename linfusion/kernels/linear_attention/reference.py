@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linfusion.kernels.library import without_autocast
-from linfusion.kernels.linear_attention.common import accumulator
+from linfusion.kernels.linear_attention.common import RELU_EPS, accumulator
 
 
 def phi(x: Tensor, feature_map: str) -> Tensor:
@@ -18,6 +18,8 @@ def phi(x: Tensor, feature_map: str) -> Tensor:
     if feature_map == "elu1":
         # exp never sees a large argument: its infinity would turn the gradient of `where` to NaN.
         return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+    if feature_map == "relu_eps":
+        return x.relu() + RELU_EPS
     return x.relu() if feature_map == "relu" else x
 
 

@@ -66,7 +66,7 @@ def state_forward(
         k: [B, M, H, D], float32, float16 or bfloat16.
         v: [B, M, H, Dv].
         key_weight: weight of each key, [B, M] or [1, M], applied after the feature map, or None.
-        feature_map: "elu1", "relu" or "identity".
+        feature_map: "elu1", "relu", "relu_eps" or "identity".
         splits: programs that share the tokens of one head; None decides from the shape.
 
     Returns:

@@ -24,6 +24,8 @@ def phi_slope(y, PHI: tl.constexpr):
         slope = tl.minimum(y, 1.0)
     elif PHI == "relu":
         slope = tl.where(y > 0, 1.0, 0.0)
+    elif PHI == "relu_eps":
+        slope = tl.where(y > 1e-6, 1.0, 0.0)
     else:
         slope = tl.full(y.shape, 1.0, tl.float32)
     return slope

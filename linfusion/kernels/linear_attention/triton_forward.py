@@ -27,6 +27,8 @@ def phi(x, PHI: tl.constexpr):
         y = tl.where(x > 0, x + 1.0, tl.exp(tl.where(x > 0, 0.0, x)))
     elif PHI == "relu":
         y = tl.where(x < 0, 0.0, x)
+    elif PHI == "relu_eps":
+        y = tl.where(x < 0, 0.0, x) + 1e-6
     else:
         y = x
     return y

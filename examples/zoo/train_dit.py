@@ -1,0 +1,192 @@
+"""Train the zoo's class-conditional DiT on the VAE's latents: LiT's softmax teacher.
+
+    python examples/zoo/train_dit.py --output runs/dit --steps 12000
+
+Loss and network are DiT's (Peebles & Xie 2023) at the size of the zoo: noise and learned variance,
+adaLN-zero, labels dropped for classifier-free guidance. A run that was stopped goes on from its
+last checkpoint. The folder `pipeline` of the output is a DiTPipeline that diffusers reads as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+import data
+import loop
+import torch
+from classes import CLASSES, class_of
+from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from torch import nn
+
+from linfusion.pipelines import DiTPipeline
+from linfusion.training.hybrid import hybrid_losses
+
+SIZE = 128
+DROPPED = 0.1  # of the labels
+ZOO_VAE = Path(__file__).parents[2] / "linfusion" / "zoo" / "emoji" / "vae"
+
+
+def build_dit() -> DiTTransformer2DModel:
+    """Initialised as DiT is: each block is the identity, the output 0."""
+    dit = DiTTransformer2DModel(
+        sample_size=SIZE // 8,
+        in_channels=4,
+        out_channels=8,
+        patch_size=2,
+        num_layers=8,
+        num_attention_heads=6,
+        attention_head_dim=32,
+        num_embeds_ada_norm=len(CLASSES),
+        norm_eps=1e-6,
+    )
+    for module in dit.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    nn.init.xavier_uniform_(dit.pos_embed.proj.weight.data.flatten(1))
+    for block in dit.transformer_blocks:
+        nn.init.normal_(block.norm1.emb.timestep_embedder.linear_1.weight, std=0.02)
+        nn.init.normal_(block.norm1.emb.timestep_embedder.linear_2.weight, std=0.02)
+        nn.init.zeros_(block.norm1.linear.weight)
+    for layer in (dit.proj_out_1, dit.proj_out_2):
+        nn.init.zeros_(layer.weight)
+    return dit
+
+
+def tie_embedders(dit: DiTTransformer2DModel) -> None:
+    """One embedding of time and class for all blocks, as in DiT; diffusers has a copy in each."""
+    for block in dit.transformer_blocks[1:]:
+        block.norm1.emb = dit.transformer_blocks[0].norm1.emb
+
+
+def untied(dit: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """A copy with one embedder a block, as safetensors have no shared tensors."""
+    dit = copy.deepcopy(dit)
+    for block in dit.transformer_blocks[1:]:
+        block.norm1.emb = copy.deepcopy(dit.transformer_blocks[0].norm1.emb)
+    return dit
+
+
+def build_scheduler() -> DDPMScheduler:
+    return DDPMScheduler(
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=0.02,
+        variance_type="learned_range",
+        clip_sample=False,
+    )
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    batches = [vae.encode(p.float() / 127.5 - 1).latent_dist.mean for p in pixels.split(64)]
+    return torch.cat(batches) * vae.config.scaling_factor
+
+
+def preview(pipe: DiTPipeline, file: Path) -> None:
+    """One picture of each class in the upper row, a second one below, from the same noise."""
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        [*CLASSES, *CLASSES],
+        num_inference_steps=50,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    sheet = Image.new("RGB", (SIZE * len(CLASSES), SIZE * 2))
+    for i, image in enumerate(images):
+        sheet.paste(image, (SIZE * (i % len(CLASSES)), SIZE * (i // len(CLASSES))))
+    sheet.save(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of the pictures; fetched when not given")
+    parser.add_argument("--vae", type=Path, default=ZOO_VAE)
+    parser.add_argument("--output", type=Path, default=Path("runs/dit"))
+    parser.add_argument("--steps", type=int, default=12000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--preview-every", type=int, default=1000)
+    parser.add_argument("--checkpoint-every", type=int, default=250, help="steps")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    items = data.pictures(args.data)
+    classes = torch.tensor([CLASSES.index(class_of(item)) for item in items])
+    vae = AutoencoderKL.from_pretrained(args.vae, torch_dtype=torch.float32)
+    latents = encode(vae, data.load_pixels(items, SIZE))
+    dit, scheduler = build_dit().eval(), build_scheduler()  # eval: we drop the labels, once
+    tie_embedders(dit)
+    for block in dit.transformer_blocks:
+        block.attn1.set_processor(AttnProcessor())  # 64 tokens: faster than fused on the CPU
+    # What previews and the pipeline have; tied like the model, so that parameters correspond.
+    averaged = copy.deepcopy(dit)
+    names = dict(enumerate(CLASSES))
+    pipe = DiTPipeline(averaged, vae, scheduler, id2label=names)
+
+    params, ema = list(dit.parameters()), list(averaged.parameters())
+    print(f"{sum(p.numel() for p in params):,} parameters, {len(items)} pictures", flush=True)
+    optimizer = torch.optim.AdamW(
+        params, args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, foreach=True
+    )
+    first = 0
+    checkpoint = args.output / "checkpoint.pt"
+    if state := loop.load(checkpoint):
+        with torch.no_grad():
+            torch._foreach_copy_(params, state["params"])
+            torch._foreach_copy_(ema, state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+        torch.set_rng_state(state["torch_rng"])
+    order: list[int] = state["order"] if state else []
+
+    clock = loop.Clock(50)
+    for step in range(first + 1, args.steps + 1):
+        rate = loop.learning_rate(step, args.steps, args.learning_rate, 300)
+        optimizer.param_groups[0]["lr"] = rate
+        if len(order) < args.batch_size:
+            order += torch.randperm(len(items)).tolist()
+        index, order = order[: args.batch_size], order[args.batch_size :]
+        clean = latents[index]
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(index),))
+        dropped = torch.rand(len(index)) < DROPPED
+        labels = torch.where(dropped, len(CLASSES), classes[index])
+        noisy = scheduler.add_noise(clean, noise, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = dit(noisy, t, labels).sample
+        losses = hybrid_losses(
+            out, None, noise, noisy, clean, t, scheduler, kd_noise=0.0, kd_variance=0.0
+        )
+        losses.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loop.ema_update(ema, params, min(0.999, (1 + step) / (10 + step)))
+        clock.log(step, simple=losses.simple.detach(), bound=losses.bound.detach(), norm=norm)
+        if step % args.checkpoint_every == 0 or step == args.steps:
+            loop.save(
+                checkpoint,
+                params=[p.detach() for p in params],
+                ema=[p.detach() for p in ema],
+                optimizer=optimizer.state_dict(),
+                step=step,
+                torch_rng=torch.get_rng_state(),
+                order=order,
+            )
+        if step % args.preview_every == 0 or step == args.steps:
+            preview(pipe, args.output / f"preview-{step}.png")
+    pipe = DiTPipeline(untied(averaged), vae, scheduler, id2label=names)
+    pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
+
+
+if __name__ == "__main__":
+    main()
