@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from linfusion.layers import record_of
+from linfusion.layers import MARKER, record_of
 from linfusion.linearize import as_softmax, linearize, restore
 from linfusion.pipelines.hosts import denoiser, is_transformer, window_options
 from linfusion.pipelines.stages import Job, Stage
@@ -49,8 +49,9 @@ def with_windows(pipe: Any, clear: Clear) -> Iterator[None]:
     if not is_transformer(pipe) or clear is False or record_of(denoiser(pipe)) is not None:
         yield
         return
-    options = window_options(pipe) | (dict(clear) if isinstance(clear, Mapping) else {})
-    linearize(pipe, "clear", **options)
+    given = dict(clear) if isinstance(clear, Mapping) else {}
+    trained = "weights" in given or MARKER in denoiser(pipe).config
+    linearize(pipe, "clear", **(window_options(pipe, trained=trained) | given))
     try:
         yield
     finally:

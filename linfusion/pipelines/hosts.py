@@ -70,10 +70,15 @@ def recipe(pipe: Any) -> Recipe:
     return FLUX if is_packed(pipe) else SD3
 
 
-def window_options(pipe: Any) -> dict[str, Any]:
-    """CLEAR's options in later stages; without a rotary embedding there is no frequency to set."""
+def window_options(pipe: Any, *, trained: bool) -> dict[str, Any]:
+    """CLEAR's options in later stages.
+
+    Weights that were trained know their radius; without a rotary embedding there is no frequency.
+    """
     stretched = hasattr(denoiser(pipe).pos_embed, "theta")
-    return {k: v for k, v in WINDOW.items() if k != "ntk" or stretched}
+    left_out = {"radius"} if trained else set()
+    left_out |= set() if stretched else {"ntk"}
+    return {k: v for k, v in WINDOW.items() if k not in left_out}
 
 
 def controlnets(pipe: Any) -> list[Any]:
@@ -130,14 +135,6 @@ def native_size(pipe: Any) -> int:
         return pipe.transformer.config.sample_size * pipe.vae_scale_factor
     own = pipe.unet.config.sample_size
     return (max(own) if isinstance(own, (list, tuple)) else own) * pipe.vae_scale_factor
-
-
-def unit_of(pipe: Any) -> int:
-    """What heights and widths are multiples of, in pixels."""
-    if not is_transformer(pipe):
-        return pipe.vae_scale_factor
-    patch = 2 if is_packed(pipe) else pipe.transformer.config.patch_size
-    return patch * pipe.vae_scale_factor
 
 
 def later_steps(pipe: Any, steps: int, strength: float) -> int:

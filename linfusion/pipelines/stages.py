@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from linfusion.pipelines.arguments import pixel_multiple, text_length
 from linfusion.pipelines.guided import Scales
 from linfusion.pipelines.hosts import (
     controlnets,
@@ -21,7 +22,6 @@ from linfusion.pipelines.hosts import (
     later_steps,
     native_size,
     recipe,
-    unit_of,
 )
 from linfusion.pipelines.pictures import bytes_needed, open_picture
 from linfusion.pipelines.shift import stage_shift
@@ -162,7 +162,7 @@ def make_job(
             f" {type(pipe.scheduler).__name__} calls it {order} times"
         )
     target = target_size(height, width, size)
-    unit = unit_of(pipe) * pooled
+    unit = pixel_multiple(pipe) * pooled
     for name, side in zip(("height", "width"), target, strict=True):
         check_side(name, side, unit)
     native = native_size(pipe)
@@ -177,7 +177,7 @@ def make_job(
     later = len(sizes) - (picture is None)
     given = list(known.strengths[strategy]) if strategy in known.strengths else None
     strength_of = _strengths(pipe, strengths, given, upscale_strength, later, num_inference_steps)
-    guidance_of = _guidance(guidance_scale, known.guidance, len(sizes), picture is None)
+    guidance_of = _guidance(pipe, guidance_scale, known.guidance, len(sizes), picture is None)
     weight = _pull(pipe, low_resolution_guidance)
     stages = []
     if picture is None:
@@ -203,6 +203,7 @@ def make_job(
             )
         )
         before = at
+    length = text_length(pipe)  # of a text encoder made for less than the call takes by default
     if output is not None:
         output = Path(output)
         bytes_needed(output, target[1], target[0])  # refuses what cannot be written
@@ -218,6 +219,7 @@ def make_job(
             "prompt": prompt,
             "num_inference_steps": num_inference_steps,
             **_negative(pipe, sibling, negative_prompt, extra),
+            **({} if length is None else {"max_sequence_length": length}),
             **_extra(pipe, sibling, extra),
         },
         output=output,
@@ -230,7 +232,7 @@ def _refuse_beyond_positions(pipe: Any, target: tuple[int, int]) -> None:
     if not is_transformer(pipe) or is_packed(pipe):
         return
     most = pipe.transformer.config.pos_embed_max_size
-    limit = most * unit_of(pipe)
+    limit = most * pixel_multiple(pipe)
     if max(target) > limit:
         raise ValueError(
             f"size: got {target[1]}×{target[0]}; {type(pipe.transformer).__name__} knows positions"
@@ -239,11 +241,20 @@ def _refuse_beyond_positions(pipe: Any, target: tuple[int, int]) -> None:
 
 
 def _guidance(
-    given: Sequence[float] | float | None, known: tuple[float, float], count: int, draws: bool
+    pipe: Any,
+    given: Sequence[float] | float | None,
+    known: tuple[float, float],
+    count: int,
+    draws: bool,
 ) -> list[float]:
     """One guidance scale a stage."""
     scales: list[Any] = list(known if draws else known[1:])
     if given is not None:
+        if is_packed(pipe) and not pipe.transformer.config.guidance_embeds:
+            raise ValueError(
+                f"guidance_scale: got {given!r}, which a FLUX without a guidance embedding does not"
+                " read; accepted is true_cfg_scale, with a negative_prompt"
+            )
         if isinstance(given, str) or not isinstance(given, Sequence):
             given = [given]
         scales = list(given)

@@ -17,10 +17,13 @@ from diffusers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig
 from PIL import Image
 
 import linfusion
 from linfusion import HighResPipeline, weights
+from linfusion.layers import record_of
+from linfusion.pipelines.cascade import with_windows
 from linfusion.pipelines.hosts import unpacked
 from linfusion.pipelines.projected import Projection, low_frequencies
 from linfusion.pipelines.stages import Stage
@@ -383,7 +386,7 @@ def test_a_plan_names_every_piece_and_the_least_budget_does(host):
         HighResPipeline(pipe, clear=WINDOW, memory_budget="1MB").plan(**call, measure=False)
     least = int(re.search(r"at least (\d+)MB", str(error.value))[1])
     HighResPipeline(pipe, clear=WINDOW, memory_budget=f"{least}MB").plan(**call, measure=False)
-    assert linfusion.layers.record_of(pipe.transformer) is None
+    assert record_of(pipe.transformer) is None
 
 
 def test_weights_that_a_student_replaces_are_counted(student):
@@ -468,3 +471,28 @@ def test_no_such_window_is_refused(clear):
 def test_kontext_is_refused():
     with pytest.raises(ValueError, match="FluxKontextPipeline is image-to-image"):
         HighResPipeline(tiny_flux_pipeline(FluxKontextPipeline))
+
+
+def test_a_flux_without_a_guidance_embedding_takes_true_guidance_alone():
+    pipe = tiny_flux_pipeline(transformer=tiny_flux(guidance_embeds=False))
+    with pytest.raises(ValueError, match=r"guidance_scale: got 2.0, which .* true_cfg_scale"):
+        draw(pipe, guidance_scale=2.0)
+    assert draw(pipe, true_cfg_scale=2.0, negative_prompt="").shape == (3, 48, 64)
+
+
+def test_a_student_keeps_the_radius_it_was_trained_with(student):
+    pipe = tiny_flux_pipeline()
+    with with_windows(pipe, {"weights": student}):
+        (window,) = {tuple(s.items()) for s in record_of(pipe.transformer).settings.values()}
+    assert dict(window) | {"radius": 2.5, "ntk": 10.0, "proportional": True} == dict(window)
+
+
+def test_a_lora_of_flux_draws_in_every_stage(student):
+    highres = HighResPipeline(pipe := tiny_flux_pipeline(), clear={"weights": student})
+    without = draw(pipe, highres)
+    torch.manual_seed(9)
+    lora = LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    pipe.transformer.add_adapter(lora)
+    weights_before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    assert (draw(pipe, highres) - without).abs().max() > 5 * LEVEL
+    assert all(torch.equal(v, weights_before[k]) for k, v in pipe.transformer.state_dict().items())
