@@ -228,6 +228,14 @@ class DiTPipeline(StockDiTPipeline):
         return scheduler, takes
 
 
+def with_learned_variance(pipe: Any) -> Any:
+    """diffusers' own DiT pipeline as a `DiTPipeline` of the same parts; any other as it is."""
+    if not isinstance(pipe, StockDiTPipeline) or isinstance(pipe, DiTPipeline):
+        return pipe
+    names = {number: name for name, number in pipe.labels.items()}
+    return DiTPipeline(pipe.transformer, pipe.vae, pipe.scheduler, names or None)
+
+
 def _guide(noise: Tensor, scale: float, channels: int | None) -> Tensor:
     """Classifier-free guidance of the first channels; the rest is that of the class."""
     of_class, of_none = noise.chunk(2)

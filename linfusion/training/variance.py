@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from linfusion.pipelines.dit import DiTPipeline
+from linfusion.pipelines.dit import with_learned_variance
 from linfusion.training.teachers import Batch, Teacher, noise_scheduler
 
 
@@ -57,11 +57,8 @@ class ClassTeacher(VarianceTeacher):
 
     squares_only = True
 
-    def __init__(self, pipe: Any) -> None:
-        if not isinstance(pipe, DiTPipeline):
-            names = {number: name for name, number in pipe.labels.items()}
-            pipe = DiTPipeline(pipe.transformer, pipe.vae, pipe.scheduler, names)
-        super().__init__(pipe)
+    def __init__(self, pipe: DiffusionPipeline) -> None:
+        super().__init__(with_learned_variance(pipe))
 
     def text_states(self, captions: Sequence[str]) -> Batch:
         none = self.model.config.num_embeds_ada_norm

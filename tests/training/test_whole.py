@@ -1,6 +1,7 @@
 """Students that are trained whole: LiT of DiT and PixArt."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from linfusion.training.config import recipes
 from linfusion.training.hybrid import hybrid_losses
 from linfusion.training.variance import ClassTeacher, PixArtTeacher
 from linfusion.training.whole import WholeStudent
+from linfusion.whole import load_whole
 from tests.tiny import tiny_image, tiny_vae
 from tests.tiny_dit import dit_inputs, forward, tiny_dit, tiny_pixart
 from tests.tiny_joint import tiny_t5, tiny_t5_tokenizer
@@ -276,3 +278,79 @@ def test_pixart_of_1024_px_is_told_its_size():
     added = host.conditions(batch)["added_cond_kwargs"]
     assert added["resolution"].tolist() == [[64, 128]] * 2
     assert added["aspect_ratio"].tolist() == [[0.5]] * 2
+
+
+def saved_pipeline(tmp_path):
+    dit_pipeline().save_pretrained(tmp_path / "dit")
+    out = distill(settings(tmp_path), pipeline=dit_pipeline())
+    return tmp_path / "dit", out
+
+
+def test_the_command_draws_a_class_with_a_whole_student(tmp_path):
+    from typer.testing import CliRunner
+
+    from linfusion.cli import app
+
+    model, student = saved_pipeline(tmp_path)
+    common = ["generate", "-m", str(model), "--steps", "2", "--seed", "0"]
+    for what in ("face", "4"):
+        target = str(tmp_path / f"{what}.png")
+        result = CliRunner().invoke(
+            app, [*common, "--class", what, "-w", str(student), "-o", target, "--json"]
+        )
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["method"] == "lit"
+    whole = tmp_path / "lit"
+    pipe = dit_pipeline()
+    load_whole(pipe, student)
+    pipe.save_pretrained(whole)
+    target = str(tmp_path / "again.png")
+    result = CliRunner().invoke(
+        app, ["generate", "-m", str(whole), *common[3:], "--class", "face", "-o", target]
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "again.png").read_bytes()[-2000:] == (tmp_path / "face.png").read_bytes()[
+        -2000:
+    ]
+
+
+def test_prompts_and_classes_are_not_mixed_up(tmp_path):
+    from typer.testing import CliRunner
+
+    from linfusion.cli import app
+
+    model = tmp_path / "dit"
+    dit_pipeline().save_pretrained(model)
+    for flags, message in (
+        (["a heart"], "class: .* is a model of classes: face, food, heart, sign, sky"),
+        (["a heart", "--class", "face"], "prompt: got both a prompt and --class"),
+        ([], "prompt: missing; say what to draw"),
+        (["--class", "dog", "--softmax"], "class_labels: there is no class 'dog'"),
+    ):
+        result = CliRunner().invoke(app, ["generate", "-m", str(model), *flags])
+        assert isinstance(result.exception, ValueError)
+        assert re.search(message, str(result.exception))
+
+
+def test_eval_compares_a_whole_student_with_its_teacher(tmp_path):
+    from linfusion.training import evaluate
+
+    model, student = saved_pipeline(tmp_path)
+    pipe = DiTPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    own = pipe.transformer
+    found = evaluate(
+        pipe, student, images=tmp_path / "pictures", sizes=[64], n=4, batch_size=2,
+        num_inference_steps=2, guidance_scale=2.0,
+    )  # fmt: skip
+    assert pipe.transformer is own
+    assert found["paired"] and 0 < found["sizes"][64]["psnr"] < 100
+
+
+def test_a_whole_model_that_is_softmax_is_no_student(tmp_path):
+    tiny_dit().save_pretrained(tmp_path)
+    pipe = dit_pipeline()
+    own = pipe.transformer
+    with pytest.raises(ValueError, match=r"weights: the DiTTransformer2DModel in .* not saved lin"):
+        load_whole(pipe, tmp_path)
+    assert pipe.transformer is own
