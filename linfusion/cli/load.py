@@ -203,7 +203,8 @@ def put_student(
     from linfusion.layers import MARKER, model_of
     from linfusion.whole import is_whole, load_whole
 
-    if weights is None and MARKER in model_of(pipe).config:
+    config: Any = model_of(pipe).config
+    if weights is None and MARKER in config:
         linfusion.linearize(pipe, **options)
         return None
     weights = find_weights(pipe, model, weights)
