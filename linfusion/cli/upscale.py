@@ -14,6 +14,8 @@ from linfusion.cli.generate import check_length, check_prompts
 from linfusion.cli.size import choose_size
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from linfusion.pipelines.plan import Plan
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
@@ -47,6 +49,15 @@ def upscale(
         str | None, Option(metavar="WxH", help="Of the first stage; the model's own if absent.")
     ] = None,
     factor: Annotated[float, Option(help="From one stage to the next.")] = 2.0,
+    shift: Annotated[
+        float | None, Option(help="FLUX, SD3: of the noise levels in later stages; 3 if absent.")
+    ] = None,
+    low_resolution_guidance: Annotated[
+        float | None,
+        Option(
+            help="FLUX, SD3: hold stages to the picture before, 0 to 1; above 4096 px if absent."
+        ),
+    ] = None,
     memory_budget: Annotated[
         str | None, Option(metavar="BYTES", help="What the model may take, e.g. 12GB.")
     ] = None,
@@ -64,7 +75,7 @@ def upscale(
     ] = False,
     model: load.ModelOption = load.DEFAULT_MODEL,
     weights: load.WeightsOption = None,
-    method: load.MethodOption = "linfusion",
+    method: load.MethodOption = None,
     softmax: Annotated[
         bool, Option("--softmax", help="The model as it is, with softmax attention.")
     ] = False,
@@ -117,12 +128,12 @@ def upscale(
         "strategy": strategy,
         "strengths": strength,
         "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
+        "shift": shift,
+        "low_resolution_guidance": low_resolution_guidance,
         "output": output,
     }
     call = {name: value for name, value in call.items() if value is not None}
-    call |= load.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
+    more = load.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
     loras = load.parse_lora(lora)
     load.check_model(model)
     check_writable("output", output.parent)
@@ -130,7 +141,9 @@ def upscale(
     import torch
 
     import linfusion
+    from linfusion.pipelines.arguments import draw_arguments
     from linfusion.pipelines.budget import parse_bytes
+    from linfusion.pipelines.hosts import is_transformer
 
     if memory_budget is not None:
         parse_bytes(memory_budget)
@@ -145,7 +158,12 @@ def upscale(
         )
         for text in [prompt, *([negative_prompt] if negative_prompt else [])]:
             check_length(pipe, text)
-        if not softmax:
+        call |= draw_arguments(pipe, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+        call |= more
+        clear: Any = True
+        if is_transformer(pipe):
+            clear = False if softmax else _windows(pipe, model, method, weights)
+        elif not softmax:
             linfusion.linearize(pipe, method, weights=load.find_weights(pipe, model, weights))
         load.optimize(
             pipe,
@@ -157,7 +175,9 @@ def upscale(
             vae_slicing=False,
             compile_blocks=False,
         )
-        highres = linfusion.HighResPipeline(pipe, memory_budget=memory_budget, scratch=scratch)
+        highres = linfusion.HighResPipeline(
+            pipe, memory_budget=memory_budget, scratch=scratch, clear=clear
+        )
         if dry_run:
             plan = highres.plan(prompt, **call)
         else:
@@ -175,6 +195,27 @@ def upscale(
         emit_json({**about, "height": pixels[0], **read_parameters(output)})
     else:
         print(made.path)
+
+
+def _windows(
+    pipe: DiffusionPipeline, model: str, method: str | None, weights: str | None
+) -> dict[str, Any]:
+    """Options of the later stages of a transformer; the base picture has full attention.
+
+    Raises:
+        ValueError: another method than theirs, or no weights.
+    """
+    if method not in (None, "clear"):
+        raise ValueError(
+            f"method: got {method!r}; {type(pipe.transformer).__name__} takes 'clear' here"
+        )
+    try:
+        return {"weights": load.find_weights(pipe, model, weights)}
+    except ValueError as error:
+        raise ValueError(
+            f"weights: {model} has no student in its folder; for FLUX.1 CLEAR's authors published"
+            " Huage001/CLEAR/clear_local_8.safetensors; --softmax goes without"
+        ) from error
 
 
 def _show(plan: Plan, as_json: bool) -> None:

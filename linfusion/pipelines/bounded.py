@@ -1,4 +1,4 @@
-"""Run stock UNets and ControlNets in the memory there is: `bounded` on, and off again."""
+"""Run stock denoisers and ControlNets in the memory there is: `bounded` on, and off again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import linfusion.pipelines.rules  # noqa: F401  fills the table of rules
+from linfusion.pipelines.blocks import announcement, call_in_blocks
 from linfusion.pipelines.budget import BANDS_AT_ONCE, Ledger, share_of, weight_bytes
+from linfusion.pipelines.hosts import TRANSFORMERS
 from linfusion.pipelines.rows import Engine, Rows
 from linfusion.pipelines.store import Store
 
 _PICTURES = ("sample", "controlnet_cond")  # the inputs whose rows everything else follows
+_WHOLE = ("img_ids", "txt_ids")  # of tokens, not of the pictures of a batch
 
 
 @contextlib.contextmanager
@@ -29,15 +32,17 @@ def bounded(
     scratch: str | Path | None = None,
     dry: bool = False,
 ) -> Iterator[Ledger]:
-    """Within, the UNet and the ControlNets of `target` run in bands of rows, one picture at a time.
+    """Within, the denoiser and ControlNets of `target` run in bands of rows, one picture at a time.
 
     Results equal those outside within rounding: convolutions read the rows they need beyond a
     band, group norms use the moments of the whole picture, linear attention merges the states of
-    bands, softmax attention reads all keys. The modules' own forwards run; on leaving, everything
-    is as it was. Inference only.
+    bands, softmax attention reads all keys. FLUX and Stable Diffusion 3 run each block in bands of
+    tokens; CLEAR's windows take whole queries, keys and values. The modules' own forwards run; on
+    leaving, everything is as it was. Inference only.
 
     Args:
-        target: a diffusers pipeline, a UNet or a ControlNet.
+        target: a diffusers pipeline, a UNet, a ControlNet of one, or a transformer of FLUX or
+            Stable Diffusion 3.
         memory_budget: bytes, or text like "12GB", for the models' weights and all they hold
             between layers, on the device they are on; None takes what the smallest plan without
             files needs.
@@ -78,6 +83,7 @@ def _banded(
     dry: bool,
 ) -> Callable[..., Any]:
     signature = inspect.signature(type(model).forward)
+    main = "sample" if hasattr(model, "down_blocks") else "hidden_states"
     fitting: set[tuple[tuple[int, ...], ...]] = set()  # inputs that the budget is known to hold
 
     @functools.wraps(forward)
@@ -90,17 +96,20 @@ def _banded(
         given.pop(next(iter(signature.parameters)))
         extra = given.pop("kwargs", {})
         inputs = {**given, **extra}
-        batch = inputs["sample"].shape[0]
+        batch = inputs[main].shape[0]
+        call: Callable[..., Any] = functools.partial(_call, forward)
+        if main != "sample":
+            call = functools.partial(call_in_blocks, model, forward, announcement(model))
         together = any("PAG" in type(p).__name__ for p in model.attn_processors.values())
         turns = [inputs] if together else [_take(inputs, i, batch) for i in range(batch)]
-        shapes = tuple(tuple(inputs[name].shape) for name in _PICTURES if name in inputs)
+        shapes = tuple(tuple(inputs[name].shape) for name in (main, _PICTURES[1]) if name in inputs)
         if new_engine(dry=True).store.limit is not None and shapes not in fitting:
-            _refuse_if_too_small(forward, turns[0], new_engine, ledger)
+            _refuse_if_too_small(call, turns[0], shapes[0], new_engine, ledger)
             fitting.add(shapes)
         outputs = []
         for turn in turns:
             engine = new_engine(dry=dry)
-            out = _call(forward, turn, engine)
+            out = call(turn, engine)
             outputs.append(tree_map(functools.partial(_plain, engine), out))
             ledger.add(engine)
         return _joined(outputs)
@@ -116,20 +125,21 @@ def _call(forward: Callable[..., Any], inputs: dict[str, Any], engine: Engine) -
 
 
 def _refuse_if_too_small(
-    forward: Callable[..., Any],
+    call: Callable[..., Any],
     inputs: dict[str, Any],
+    shape: tuple[int, ...],
     new_engine: Callable[..., Engine],
     ledger: Ledger,
 ) -> None:
     """A dry run with the limit; where that overflows, one without tells what would do."""
     trial = new_engine(dry=True)
-    tree_map(functools.partial(_plain, trial), _call(forward, inputs, trial))
+    tree_map(functools.partial(_plain, trial), call(inputs, trial))
     limit = trial.store.limit
     assert limit is not None
     if trial.store.peak > limit:
         fixed = ledger.weights_bytes + BANDS_AT_ONCE * trial.band_bytes
         raise ValueError(
-            f"memory_budget: got {limit + fixed:,} bytes; {tuple(inputs['sample'].shape)} needs"
+            f"memory_budget: got {limit + fixed:,} bytes; {shape} needs"
             f" {trial.store.peak + fixed:,}"
             + ("" if trial.store.scratch else ", or less with scratch=a folder for what lies idle")
         )
@@ -150,7 +160,9 @@ def _take(inputs: dict[str, Any], index: int, batch: int) -> dict[str, Any]:
             return value.narrow(0, index, 1)
         return value
 
-    return tree_map(take, inputs)
+    return {
+        name: value if name in _WHOLE else tree_map(take, value) for name, value in inputs.items()
+    }
 
 
 def _joined(outputs: list[Any]) -> Any:
@@ -167,13 +179,18 @@ def _joined(outputs: list[Any]) -> Any:
 def _models(target: Any) -> list[Any]:
     parts: list[Any] = [target] if isinstance(target, nn.Module) else []
     if not parts:
-        parts = [getattr(target, name, None) for name in ("unet", "controlnet")]
+        parts = [getattr(target, name, None) for name in ("unet", "transformer", "controlnet")]
         parts = [m for part in parts if part is not None for m in getattr(part, "nets", [part])]
-    known = [m for m in parts if hasattr(m, "attn_processors") and hasattr(m, "down_blocks")]
-    if not known:
+    known = [
+        m
+        for m in parts
+        if (hasattr(m, "attn_processors") and hasattr(m, "down_blocks"))
+        or type(m).__name__ in TRANSFORMERS
+    ]
+    if not known or len(known) < len(parts):
         raise ValueError(
-            f"target: got {type(target).__name__}; accepted is a pipeline with a UNet, a UNet or a"
-            " ControlNet"
+            f"target: got {type(target).__name__}; accepted is a pipeline with a UNet or with the"
+            " transformer of FLUX or Stable Diffusion 3, one of these, or a ControlNet of a UNet"
         )
     for model in known:
         for name, part in model.named_modules():

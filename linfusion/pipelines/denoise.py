@@ -14,6 +14,8 @@ from torch import Tensor
 from linfusion.pipelines.around import Wrapper, around
 from linfusion.pipelines.enlarge import Enlarged
 from linfusion.pipelines.guided import Guide
+from linfusion.pipelines.hosts import controlnets, denoiser, is_transformer, unpacked
+from linfusion.pipelines.projected import Projection
 from linfusion.pipelines.resume import Replay
 from linfusion.pipelines.stages import Job, Stage, as_picture, parameters_of
 
@@ -46,19 +48,23 @@ def denoise(
         replay: of the steps that are done already.
         on_step: called after each step that is not a replayed one.
         tensors: names of what it is to get beside the latents.
-        outside: goes around the UNet's forward and all that is around it already.
+        outside: goes around the denoiser's forward and all that is around it already.
     """
     runs = pipe if stage.strength is None else sibling
+    model = denoiser(pipe)
     call = {k: v for k, v in job.call.items() if k in parameters_of(runs)}
-    guide = None
-    if stage.strength is None:
+    call["guidance_scale"] = stage.guidance_scale
+    guide = projection = None
+    if stage.strength is None or is_transformer(pipe):
         call |= {"height": stage.height, "width": stage.width}
-    else:
+    if stage.strength is not None:
         assert start is not None
         call |= {"image": start, "strength": stage.strength}
+        if stage.pull:
+            projection = Projection(runs, stage, start)
         if job.steers:
             guide = Guide(
-                pipe.unet,
+                model,
                 pipe.scheduler,
                 start,
                 _noise_to_come(start, generator),
@@ -81,28 +87,30 @@ def denoise(
 
     with contextlib.ExitStack() as stack:
         if guide is not None:
-            stack.enter_context(around(pipe.unet, guide.blend))
-        stack.enter_context(around(pipe.unet, replay.skip))
-        if getattr(pipe, "controlnet", None) is not None:
-            for net in getattr(pipe.controlnet, "nets", [pipe.controlnet]):
-                stack.enter_context(around(net, replay.skip_control))
+            stack.enter_context(around(model, guide.blend))
+        if projection is not None:
+            stack.enter_context(around(model, projection.follow))
+        stack.enter_context(around(model, replay.skip))
+        for net in controlnets(pipe):
+            stack.enter_context(around(net, replay.skip_control))
         if outside is not None:
-            stack.enter_context(around(pipe.unet, outside))
+            stack.enter_context(around(model, outside))
         stack.enter_context(_quiet(runs))
-        return runs(
+        latents = runs(
             **call,
             generator=generator,
             output_type="latent",
             callback_on_step_end=after,
             callback_on_step_end_tensor_inputs=list(dict.fromkeys(["latents", *tensors])),
         ).images
+    return unpacked(pipe, latents, stage.height, stage.width)
 
 
 def _control(job: Job, stage: Stage, previous: Enlarged | None, runs: Any) -> dict[str, Any]:
     """The ControlNets' pictures at the size of the stage."""
     if job.control is None:
         return {}
-    nets = getattr(runs.controlnet, "nets", [runs.controlnet])
+    nets = controlnets(runs)
     more: dict[str, Any] = {}
     if isinstance(job.control, str):
         if previous is None:  # nothing to look at yet
@@ -114,7 +122,7 @@ def _control(job: Job, stage: Stage, previous: Enlarged | None, runs: Any) -> di
         resized = (Enlarged(control, stage.height, stage.width) for control in job.control)
         pictures = [as_picture(r) for r in resized]
     given = pictures[0] if len(nets) == 1 else pictures
-    name = "image" if stage.strength is None else "control_image"
+    name = "image" if stage.strength is None and not is_transformer(runs) else "control_image"
     if stage.strength is not None:
         more |= {"height": stage.height, "width": stage.width}
     return {name: given, **more}

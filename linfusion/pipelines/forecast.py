@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import time
@@ -16,15 +17,18 @@ from torch import Tensor, nn
 
 from linfusion.pipelines.bounded import bounded
 from linfusion.pipelines.budget import Ledger, parse_bytes, weight_bytes
+from linfusion.pipelines.cascade import as_drawn, laid_aside
 from linfusion.pipelines.denoise import denoise
 from linfusion.pipelines.enlarge import Enlarged
+from linfusion.pipelines.hosts import controlnets, denoiser, is_transformer, native_size
 from linfusion.pipelines.pictures import bytes_needed
 from linfusion.pipelines.plan import Plan, Work
 from linfusion.pipelines.resume import Replay
-from linfusion.pipelines.stages import Job, Stage, native_size
+from linfusion.pipelines.stages import Job, Stage
 from linfusion.pipelines.vae import decode_rows, encode_rows
 
 LATENTS_HELD = 8  # copies that pipeline, scheduler and guidance hold while the UNet runs
+PULLED = 6  # more in float32, that low-resolution guidance holds after the forward
 _SECONDS = 1.0  # a forward that takes as long is one to extrapolate from
 
 
@@ -44,10 +48,10 @@ class Memory:
         self.job, self.budget = job, budget
         parts = {k: v for k, v in pipe.components.items() if isinstance(v, nn.Module)}
         sizes = {k: weight_bytes(v) for k, v in parts.items()}
-        self.weights = sum(sizes.values())
+        self.weights = sum(sizes.values()) + laid_aside(pipe)
         self.of_vae = sizes["vae"]
-        self.of_denoiser = sizes["unet"] + sizes.get("controlnet", 0)
-        self.itemsize = pipe.unet.dtype.itemsize
+        self.of_denoiser = weight_bytes(denoiser(pipe)) + sizes.get("controlnet", 0)
+        self.itemsize = denoiser(pipe).dtype.itemsize
         self.unit, self.channels = pipe.vae_scale_factor, pipe.vae.config.latent_channels
 
     def beside(self, what: str, height: int, width: int) -> int:
@@ -56,6 +60,8 @@ class Memory:
         if what == "denoise":
             latents = self.channels * pixels // self.unit**2 * self.itemsize
             controls = 0 if self.job.control is None else 3 * pixels * (4 + 2 * self.itemsize)
+            if any(stage.pull for stage in self.job.stages):
+                latents += PULLED * latents // LATENTS_HELD * 4 // self.itemsize
             return self.weights - self.of_denoiser + LATENTS_HELD * latents + controls
         others = self.weights - self.of_vae
         if what == "encode":  # Pillow's copy of the smaller picture, 4 bytes a pixel
@@ -142,6 +148,8 @@ def engine_for(
     pipe: Any, memory: Memory, stage: Stage, scratch: Path | None, *, dry: bool = False
 ) -> Any:
     """`bounded` with what the budget leaves to a stage."""
+    if is_transformer(pipe) and controlnets(pipe):
+        return contextlib.nullcontext()  # HighResPipeline has refused a budget
     share = memory.share("denoise", stage.height, stage.width)
     return bounded(pipe, share, scratch=scratch, dry=dry)
 
@@ -186,7 +194,7 @@ def _dry(
         steps=steps,
         peak_bytes=ledger.peak_bytes + memory.beside(what, stage.height, stage.width),
         scratch_bytes=ledger.peak_on_disk,
-        flops=ledger.flops,
+        flops=ledger.flops * (job.passes if what == "denoise" else 1),
     )
 
 
@@ -243,7 +251,7 @@ def _one_step(
         seconds = time.perf_counter() - begun
         raise _Enough
 
-    with bounded(pipe, share, scratch=scratch, dry=dry) as ledger:
+    with as_drawn(pipe, job, stage), bounded(pipe, share, scratch=scratch, dry=dry) as ledger:
         try:
             denoise(
                 pipe,
@@ -337,8 +345,8 @@ def latent_size(pipe: Any, stage: Stage) -> tuple[int, int]:
 
 def latents_dtype(pipe: Any) -> torch.dtype:
     """The dtype that the pipelines give to latents: that of the prompt's embedding."""
-    encoders = (getattr(pipe, name, None) for name in ("text_encoder_2", "text_encoder", "unet"))
-    return next(part for part in encoders if part is not None).dtype
+    encoders = (getattr(pipe, name, None) for name in ("text_encoder_2", "text_encoder"))
+    return next((part for part in encoders if part is not None), denoiser(pipe)).dtype
 
 
 def _resident() -> int:

@@ -4,38 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import shutil
-import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils import BaseOutput
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from linfusion.pipelines.budget import parse_bytes
+from linfusion.pipelines.cascade import as_drawn, check_clear, pooled_by, with_windows
+from linfusion.pipelines.deliver import as_images, check_disk, write_bands
 from linfusion.pipelines.denoise import denoise, whole_picture
 from linfusion.pipelines.enlarge import Enlarged
 from linfusion.pipelines.forecast import (
     Memory,
     engine_for,
     forecast,
-    latent_size,
     latents_dtype,
     make_plan,
 )
 from linfusion.pipelines.guided import Scales, Statistics, restandardise, statistics
-from linfusion.pipelines.pictures import bytes_needed, writer
+from linfusion.pipelines.hosts import controlnets, image_to_image, is_transformer
 from linfusion.pipelines.plan import Plan
 from linfusion.pipelines.progress import advance, decode_weight, progress, step_weight
 from linfusion.pipelines.record import about_run, what_decides
 from linfusion.pipelines.resume import Replay, State, pack, seed_of
-from linfusion.pipelines.stages import Job, Stage, image_to_image, make_job, one_generator
+from linfusion.pipelines.shift import shifted
+from linfusion.pipelines.stages import Job, Stage, make_job, one_generator
 from linfusion.pipelines.vae import decode_rows, encode_rows
 
 _OF_THE_RUN = (
@@ -61,20 +60,25 @@ class HighResPipeline:
     """Draws with a text-to-image pipeline at sizes far above the one it was trained at.
 
     The pipeline draws at its own size; then the picture is enlarged, noised and denoised, stage by
-    stage, up to the size wanted. The UNet sees the whole picture at every stage: there are no tiles
-    and so no seams. Stages run through diffusers' own calls (the image-to-image sibling of `pipe`),
-    so ControlNets, IP-Adapters, LoRAs and schedulers work as they do there; neither a safety
-    checker nor a watermark is applied.
+    stage, up to the size wanted. The denoiser sees the whole picture at every stage: there are no
+    tiles and so no seams. Stages run through diffusers' own calls (the image-to-image sibling of
+    `pipe`), so ControlNets, IP-Adapters, LoRAs and schedulers work as they do there; neither a
+    safety checker nor a watermark is applied.
 
     Args:
-        pipe: a text-to-image pipeline with a UNet: Stable Diffusion 1.5, 2.1, XL, their ControlNet
-            forms; linear (`linfusion.linearize`) or not.
+        pipe: a text-to-image pipeline: Stable Diffusion 1.5, 2.1, XL, their ControlNet forms,
+            linear (`linfusion.linearize`) or not; FLUX and its ControlNet form, Stable Diffusion 3.
         memory_budget: bytes, or text like "12GB", for the pipeline's models and all that is held at
             once, on the device it runs on; None sets no limit. Python's libraries are not counted.
         scratch: folder for what does not fit into the budget; without it, it is computed again.
+        clear: attention of the later stages of FLUX and Stable Diffusion 3; the base picture has
+            full attention. True: as the pipeline is linearized, else CLEAR of radius 8 with the
+            authors' settings for large pictures, put on for the run; or options of
+            `linfusion.linearize(pipe, "clear", ...)` beside those, such as `{"weights": ...}`.
+            False: every stage as the pipeline is.
 
     Raises:
-        ValueError: no such pipeline, no such budget, no such folder.
+        ValueError: no such pipeline, no such budget, no such folder, no such setting.
     """
 
     def __init__(
@@ -83,11 +87,16 @@ class HighResPipeline:
         *,
         memory_budget: int | str | None = None,
         scratch: str | Path | None = None,
+        clear: Mapping[str, Any] | bool = True,
     ) -> None:
         self.pipe = pipe
         self.sibling = image_to_image(pipe)
+        check_clear(pipe, clear)
+        self.clear = clear
         self.memory_budget = memory_budget
         self.budget = None if memory_budget is None else parse_bytes(memory_budget)
+        if self.budget is not None:
+            self._refuse_controlnet("memory_budget")
         self.scratch = None if scratch is None else Path(scratch)
         if self.scratch is not None and not self.scratch.is_dir():
             raise ValueError(f"scratch: there is no folder {self.scratch}")
@@ -105,9 +114,11 @@ class HighResPipeline:
         control_image: Any = None,
         strategy: str = "sdedit",
         strengths: Sequence[float] | float | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: Sequence[float] | float | None = None,
         negative_prompt: str | list[str] | None = None,
+        shift: float | None = None,
+        low_resolution_guidance: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         cosine_scale_1: float = 3.0,
         cosine_scale_2: float = 1.0,
@@ -126,7 +137,8 @@ class HighResPipeline:
 
         Args:
             prompt: what to draw.
-            height, width: of the picture in pixels, multiples of the VAE's factor (8).
+            height, width: of the picture in pixels, multiples of the VAE's factor (8), with FLUX
+                and Stable Diffusion 3 of a token's side (16).
             size: instead of them; one side, or (height, width).
             base_size: of the first stage; None takes the area the model was made for.
             factor: from one stage to the next; the last one goes to the exact size.
@@ -141,8 +153,17 @@ class HighResPipeline:
             strengths: share of `num_inference_steps` that each stage after the first denoises, in
                 (0, 1]; where there are more stages, the last one repeats. None: 0.4, 0.3, 0.2, 0.1
                 for "sdedit"; from `upscale_strength` down in equal steps that would reach 0 after
-                the last stage for "guided"; 0.32, 0.24, 0.16, 0.08 for "superres".
-            num_inference_steps, guidance_scale, negative_prompt: as for the pipeline.
+                the last stage for "guided"; 0.32, 0.24, 0.16, 0.08 for "superres"; 0.7 for FLUX
+                and Stable Diffusion 3.
+            num_inference_steps, negative_prompt: as for the pipeline; 50 steps, or 20 for FLUX and
+                Stable Diffusion 3. FLUX reads a negative prompt with `true_cfg_scale` above 1.
+            guidance_scale: one for all stages, or one a stage; where there are more, the last one
+                repeats. None: 7.5; for FLUX a base of 3.5, for Stable Diffusion 3 one of 7.
+            shift: of the noise levels in later stages of FLUX and Stable Diffusion 3, see
+                `linfusion.pipelines.shift`; None is 3. The base stage has the scheduler's own.
+            low_resolution_guidance: for FLUX and Stable Diffusion 3, how far later stages are held
+                to the picture before, from 0 (off) to 1; see `linfusion.pipelines.projected`. None:
+                1 for stages of more than 4096 pixels a side, 0 for others.
             generator: the source of every random draw; None takes a fresh seed.
             cosine_scale_1, cosine_scale_2, cosine_scale_3, gaussian_sigma, upscale_strength: of
                 "guided".
@@ -165,15 +186,16 @@ class HighResPipeline:
         generator = one_generator(generator, resumed)
         if state is not None:
             pack(self.pipe.scheduler, {})  # refuses what could not be kept
-        if self.budget is not None:
-            forecast(self.pipe, self.sibling, job, self.memory_budget, self.scratch)
-        self._check_disk(job, state)
-        about = about_run(self.pipe, job, generator)
-        kept = State(state, what_decides(self.pipe, job, generator, about), resume=resume)
-        tensors = list(callback_on_step_end_tensor_inputs)
-        with progress(self.pipe, job) as bar:
-            latents = self._latents(job, generator, kept, bar, callback_on_step_end, tensors)
-            return self._deliver(job, latents, about, bar)
+        with self._prepared(call, job) as job:
+            if self.budget is not None:
+                forecast(self.pipe, self.sibling, job, self.memory_budget, self.scratch)
+            check_disk(self.pipe, job, state)
+            about = about_run(self.pipe, job, generator)
+            kept = State(state, what_decides(self.pipe, job, generator, about), resume=resume)
+            tensors = list(callback_on_step_end_tensor_inputs)
+            with progress(self.pipe, job) as bar:
+                latents = self._latents(job, generator, kept, bar, callback_on_step_end, tensors)
+                return self._deliver(job, latents, about, bar)
 
     def plan(
         self, prompt: str | list[str] | None = None, *, measure: bool = True, **call: Any
@@ -192,12 +214,29 @@ class HighResPipeline:
             for k, v in (HighResPipeline.__call__.__kwdefaults__ or {}).items()
             if k not in call
         }
-        job = self._job({"prompt": prompt, **defaults, **call})
-        return make_plan(
-            self.pipe, self.sibling, job, self.memory_budget, self.scratch, measure=measure
-        )
+        self._refuse_controlnet("plan")
+        call = {"prompt": prompt, **defaults, **call}
+        with self._prepared(call, self._job(call)) as job:
+            return make_plan(
+                self.pipe, self.sibling, job, self.memory_budget, self.scratch, measure=measure
+            )
 
-    def _job(self, call: dict[str, Any]) -> Job:
+    def _refuse_controlnet(self, name: str) -> None:
+        if is_transformer(self.pipe) and controlnets(self.pipe):
+            raise ValueError(
+                f"{name}: {type(self.pipe).__name__} encodes its control picture and keeps the"
+                " ControlNet's residuals whole, which is not counted; accepted is a run without a"
+                " budget"
+            )
+
+    @contextlib.contextmanager
+    def _prepared(self, call: dict[str, Any], job: Job) -> Iterator[Job]:
+        """Within, attention and scheduler are as in later stages; yields the job for them."""
+        with with_windows(self.pipe, self.clear), shifted(self.pipe, self.sibling, job.shift):
+            pooled = pooled_by(self.pipe)
+            yield job if pooled == 1 else self._job(call, pooled)
+
+    def _job(self, call: dict[str, Any], pooled: int = 1) -> Job:
         """A call, checked; what is not the job's is left out of it."""
         call = dict(call)
         for name in _OF_THE_RUN:
@@ -205,7 +244,9 @@ class HighResPipeline:
         scales = Scales(**{field.name: call.pop(field.name) for field in fields(Scales)})
         known = inspect.signature(make_job).parameters
         extra = {name: call.pop(name) for name in list(call) if name not in known}
-        return make_job(self.pipe, self.sibling, scales=scales, extra=extra, **call)
+        job = make_job(self.pipe, self.sibling, scales=scales, extra=extra, pooled=pooled, **call)
+        softmax = is_transformer(self.pipe) and self.clear is not False
+        return replace(job, softmax_base=softmax)
 
     def _latents(
         self,
@@ -284,7 +325,10 @@ class HighResPipeline:
             advance(bar, step_weight(job, stage))
             return changed
 
-        with engine_for(self.pipe, memory, stage, self.scratch):
+        with (
+            as_drawn(self.pipe, job, stage),
+            engine_for(self.pipe, memory, stage, self.scratch),
+        ):
             latents = denoise(
                 self.pipe,
                 self.sibling,
@@ -336,47 +380,12 @@ class HighResPipeline:
         """The file, or the picture as `output_type` asks for it."""
         stage = job.stages[-1]
         memory = Memory(self.pipe, job, self.budget)
-        weight = decode_weight(job)
-        if job.output is not None:
-            with (
-                writer(job.output, job.width, job.height, parameters=about) as file,
-                contextlib.closing(self._decode(latents, stage, memory, bar, weight)) as bands,
-            ):
-                for band in bands:
-                    file.write(band)
-            return HighResOutput(path=job.output)
-        if job.output_type == "latent":
+        if job.output is None and job.output_type == "latent":
             return HighResOutput(images=latents)
-        bands = self._decode(latents, stage, memory, bar, weight)
-        picture = whole_picture(bands, job.height, job.width)
-        if job.output_type == "pil":
-            return HighResOutput(images=[Image.fromarray(picture)])
-        values = picture[None].astype(np.float32) / 255
-        if job.output_type == "pt":
-            return HighResOutput(images=torch.from_numpy(values).permute(0, 3, 1, 2))
-        return HighResOutput(images=values)
-
-    def _check_disk(self, job: Job, state: str | Path | None) -> None:
-        """What is sure not to fit is refused, what may not is said."""
+        bands = self._decode(latents, stage, memory, bar, decode_weight(job))
         if job.output is not None:
-            need = bytes_needed(job.output, job.width, job.height)
-            free = shutil.disk_usage(job.output.parent).free
-            message = f"output: {job.output} takes up to {need:,} bytes, and {free:,} are free"
-            if free < need and job.output.suffix.lower() in (".tif", ".tiff"):
-                raise ValueError(message)
-            if free < need:
-                warnings.warn(message, stacklevel=3)
-        if state is not None:
-            folder = Path(state).resolve()
-            while not folder.exists():
-                folder = folder.parent
-            sizes = [latent_size(self.pipe, s) for s in job.stages]
-            held = 4 * self.pipe.vae.config.latent_channels
-            need = held * (2 * sum(h * w for h, w in sizes) + 8 * sizes[-1][0] * sizes[-1][1])
-            if (free := shutil.disk_usage(folder).free) < need:
-                raise ValueError(
-                    f"state: {state} takes up to {need:,} bytes, and {free:,} are free"
-                )
+            return HighResOutput(path=write_bands(job, bands, about))
+        return HighResOutput(images=as_images(job, bands))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from linfusion import __version__
+from linfusion.layers import record_of
+from linfusion.pipelines.hosts import denoiser, is_transformer
 from linfusion.pipelines.stages import Job
 
 
@@ -22,13 +24,24 @@ def about_run(pipe: Any, job: Job, generator: torch.Generator) -> dict[str, Any]
     return {
         "linfusion": __version__,
         "model": str(pipe.config.get("_name_or_path") or type(pipe).__name__),
-        "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+        "dtype": str(denoiser(pipe).dtype).removeprefix("torch."),
         "seed": generator.initial_seed(),
         "strategy": job.strategy,
         "stages": [asdict(stage) for stage in job.stages],
         **steered,
+        **({"shift": job.shift, "attention": _attention(pipe)} if is_transformer(pipe) else {}),
         **{name: digest_of(value) for name, value in job.call.items()},
     }
+
+
+def _attention(pipe: Any) -> Any:
+    """The method of later stages and what its layers are set to, where they agree."""
+    record = record_of(denoiser(pipe))
+    if record is None:
+        return "softmax"
+    settings = list(record.settings.values())
+    same = all(setting == settings[0] for setting in settings)
+    return {"method": record.method, **(settings[0] if same else {"layers": record.settings})}
 
 
 def what_decides(

@@ -6,8 +6,8 @@
     step.safetensors        after the last step: latents, generator, what the scheduler remembers
 
 Every file is written under another name, flushed to the disk and renamed. A run that goes on calls
-the pipeline again with a UNet that does nothing for the steps that are done (`Replay`), and then
-puts back what the last of them left.
+the pipeline again with a denoiser that does nothing for the steps that are done (`Replay`), and
+then puts back what the last of them left.
 """
 
 from __future__ import annotations
@@ -163,14 +163,16 @@ class Replay:
         """
         if self.now >= self.done:
             return (forward(*args, **kwargs)[0].contiguous(),)
-        sample = args[0] if args else kwargs["sample"]
+        sample = _first(args, kwargs)
         return (torch.zeros_like(sample, memory_format=torch.contiguous_format),)
 
     def skip_control(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """No residuals at once where the step is done."""
         if self.now >= self.done:
             return forward(*args, **kwargs)
-        sample = args[0] if args else kwargs["sample"]
+        if "sample" not in kwargs and not args:  # FLUX's has two lists, and None for an empty one
+            return None, None
+        sample = _first(args, kwargs)
         return [], sample.new_zeros(len(sample))
 
     def restore(self, scheduler: Any, generator: torch.Generator, number: int) -> Tensor | None:
@@ -182,6 +184,11 @@ class Replay:
         scheduler.__dict__.update(self.step.scheduler)
         generator.set_state(self.step.generator)
         return self.step.latents
+
+
+def _first(args: Any, kwargs: Any) -> Tensor:
+    """What a denoiser is to denoise."""
+    return args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
 
 
 def pack(scheduler: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -162,6 +162,8 @@ class Node:
         self.flops, self.expands = flops, expands
         self.value: Whole | None = None
         self.passed_over = False  # asked about, and not kept
+        self.run: tuple[Node, int, int] | None = None  # the one this is a run of, where it is
+        self.view = False  # whether it is its parent with the axes in another order
 
     @classmethod
     def leaf(cls, engine: Engine, value: Whole) -> Node:

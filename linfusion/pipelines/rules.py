@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linfusion.kernels import LinearState, linear_read, linear_state
+import linfusion.pipelines.attending  # noqa: F401  fills its part of the table
 from linfusion.pipelines.rows import RULES, Node, Rows, map_rows
+from linfusion.pipelines.tokens import cat_tokens, split_tokens
 
 # fmt: off
 POINTWISE = [
     "add", "sub", "rsub", "mul", "div", "true_divide", "neg", "abs", "exp", "pow", "square", "sqrt",
-    "rsqrt", "clamp", "sigmoid", "tanh", "relu", "silu", "gelu", "leaky_relu", "softplus", "mish",
-    "hardswish", "elu", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__",
+    "rsqrt", "clamp", "clip", "sigmoid", "tanh", "relu", "silu", "gelu", "leaky_relu", "softplus",
+    "mish", "hardswish", "elu", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__",
     "__truediv__", "__neg__", "__pow__",
 ]
 # fmt: on
@@ -82,7 +83,9 @@ def _dropout(
 def _permute(func: Any, x: Rows, *dims: Any) -> Any:
     ndim = len(x.node.shape)
     order = [d % ndim for d in _ints(dims)]
-    return map_rows(lambda t: t.permute(order), (x,), axis=order.index(x.node.axis))
+    moved = map_rows(lambda t: t.permute(order), (x,), axis=order.index(x.node.axis))
+    moved.node.view = True
+    return moved
 
 
 @rule("transpose", "swapaxes")
@@ -135,11 +138,11 @@ def _unflatten(func: Any, x: Rows, dim: int, sizes: Sequence[int]) -> Any:
     return _reshape(func, x, [*shape[:dim], *sizes, *shape[dim + 1 :]])
 
 
-@rule("chunk", "split", "tensor_split")
+@rule("chunk", "split", "split_with_sizes", "tensor_split")
 def _split(func: Any, x: Rows, parts: Any, dim: int = 0) -> Any:
     dim %= len(x.node.shape)
     if dim == x.node.axis:
-        return NotImplemented
+        return split_tokens(x, parts) if x.node.line == 1 else NotImplemented
     pieces = func(torch.empty(x.node.shape, device="meta"), parts, dim)
     out, start = [], 0
     for size in (p.shape[dim] for p in pieces):
@@ -157,7 +160,7 @@ def _cat(func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     node = next(t.node for t in tensors if isinstance(t, Rows))
     dim %= len(node.shape)
     if dim == node.axis:
-        return NotImplemented
+        return cat_tokens(tensors) if node.line == 1 else NotImplemented
     whole = [
         t if isinstance(t, Rows) else Rows(Node.leaf(e, e.store.keep(t, node.axis, node.line)))
         for e in [node.engine]
@@ -370,74 +373,6 @@ def _band_moments(band: Tensor, groups: int) -> tuple[Tensor, Tensor]:
         torch.stack(of).double().unflatten(1, (groups, -1)) for of in zip(*found, strict=True)
     )
     return average.mean(2), variance.mean(2) + average.var(2, correction=0)
-
-
-# ---- attention
-
-
-@rule("scaled_dot_product_attention")
-def _attention(
-    func: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    if not isinstance(query, Rows) or query.node.axis != len(query.node.shape) - 2 or is_causal:
-        return NotImplemented
-    if dropout_p or (attn_mask is not None and attn_mask.ndim > 1 and attn_mask.shape[-2] > 1):
-        return NotImplemented
-    engine = query.node.engine
-    pixels = [t.node for t in (key, value) if isinstance(t, Rows)]
-    engine.settle_common([query.node], pixels)
-    key, value = (engine.whole(t) if isinstance(t, Rows) else t for t in (key, value))
-    options: dict[str, Any] = {"attn_mask": attn_mask, "scale": scale, "enable_gqa": enable_gqa}
-    if key.is_meta:  # a dry run: keys of pixels were not computed
-
-        def attend(q: Tensor) -> Tensor:
-            return q.new_empty(*q.shape[:-1], value.shape[-1])
-    else:
-
-        def attend(q: Tensor) -> Tensor:
-            if q.is_meta:
-                return q.new_empty(*q.shape[:-1], value.shape[-1])
-            return F.scaled_dot_product_attention(q, key, value, **options)
-
-    work = 2 * math.prod(query.node.shape[:-1]) * key.shape[-2] * (key.shape[-1] + value.shape[-1])
-    return map_rows(attend, (query,), flops=work)
-
-
-@rule("linear_attention")
-def _linear_attention(
-    func: Any, q: Any, k: Any, v: Any, *, key_weight: Tensor | None = None, **options: Any
-) -> Any:
-    if not all(isinstance(t, Rows) and t.node.axis == 1 for t in (q, k, v)):
-        return NotImplemented
-    if options.get("impl") == "reference":
-        return NotImplemented
-    engine, line = q.node.engine, k.node.line
-    engine.settle_common([q.node], [k.node, v.node])
-    state: LinearState | None = None
-    normalizer, eps = options.pop("normalizer"), options.pop("eps")
-    for start, stop, (keys, values) in engine.passes(k.node, v.node):
-        piece = None if key_weight is None else key_weight[:, start * line : stop * line]
-        part = linear_state(keys, values, key_weight=piece, **options)
-        state = part if state is None else state.merge(part)
-    width, dtype = v.node.shape[-1], v.node.dtype
-
-    def read(t: Tensor) -> Tensor:
-        if t.is_meta:
-            return t.new_empty(*t.shape[:-1], width, dtype=dtype)
-        assert state is not None
-        return linear_read(t, state, normalizer=normalizer, eps=eps, **options).to(dtype)
-
-    dim = q.node.shape[-1]
-    engine.flops += 2 * math.prod(k.node.shape) * width
-    return map_rows(read, (q,), flops=2 * math.prod(q.node.shape[:-1]) * dim * width)
 
 
 def _picture(

@@ -11,16 +11,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoPipelineForImage2Image
 from PIL import Image
-from torch import nn
 
+from linfusion.pipelines.arguments import pixel_multiple, text_length
 from linfusion.pipelines.guided import Scales
+from linfusion.pipelines.hosts import (
+    controlnets,
+    is_packed,
+    is_transformer,
+    later_steps,
+    native_size,
+    recipe,
+)
 from linfusion.pipelines.pictures import bytes_needed, open_picture
+from linfusion.pipelines.shift import stage_shift
+from linfusion.pipelines.sizes import check_side, first_size, picture_size, split, target_size
 
 STRATEGIES = ("sdedit", "guided", "superres")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-STRENGTHS = {"sdedit": (0.4, 0.3, 0.2, 0.1), "superres": (0.32, 0.24, 0.16, 0.08)}
+GUIDED_ABOVE = 4096  # pixels of the longer side, from which on low-resolution guidance is on
 # Arguments of the stages' calls that are decided here.
 _OURS = {
     *("self", "args", "kwargs", "image", "strength", "latents", "num_images_per_prompt"),
@@ -36,14 +45,20 @@ class Stage:
         height, width: in pixels.
         strength: of the noise put onto the enlarged picture; None starts from noise alone.
         steps: calls of the denoiser.
+        guidance_scale: of the pipeline's call.
         ratio: how much larger it is than what the model was made for (`guided` and `superres`).
+        pull: weight of the enlarged picture at the first step, see `linfusion.pipelines.projected`.
+        enlarged: how much longer its sides are than those of the stage or picture before.
     """
 
     height: int
     width: int
     strength: float | None
     steps: int
+    guidance_scale: float
     ratio: int = 1
+    pull: float = 0.0
+    enlarged: float = 1.0
 
     @property
     def name(self) -> str:
@@ -56,6 +71,7 @@ class Job:
 
     stages: tuple[Stage, ...]
     strategy: str
+    steers: bool  # whether later stages follow the recipe of `guided`
     scales: Scales
     num_inference_steps: int
     picture: np.ndarray | None
@@ -63,6 +79,14 @@ class Job:
     call: dict[str, Any] = field(repr=False)
     output: Path | None = None
     output_type: str = "pil"
+    shift: float | None = None  # of the later stages; None is the scheduler's own
+    softmax_base: bool = False  # whether a linear transformer draws the base picture with softmax
+
+    @property
+    def passes(self) -> int:
+        """Forwards of a step: FLUX runs those of true guidance one after the other."""
+        negative = self.call.get("negative_prompt", self.call.get("negative_prompt_embeds"))
+        return 1 + (negative is not None and self.call.get("true_cfg_scale", 1.0) > 1)
 
     @property
     def height(self) -> int:
@@ -71,39 +95,6 @@ class Job:
     @property
     def width(self) -> int:
         return self.stages[-1].width
-
-    @property
-    def steers(self) -> bool:
-        """Whether later stages follow the recipe of `guided`."""
-        return self.strategy != "sdedit"
-
-
-def image_to_image(pipe: Any) -> Any:
-    """The pipeline of the later stages: the same parts, another loop.
-
-    Raises:
-        ValueError: `pipe` has no UNet, or no image-to-image sibling in diffusers.
-    """
-    accepted = (
-        "accepted is a text-to-image pipeline with a UNet, such as StableDiffusionPipeline,"
-        " StableDiffusionXLPipeline or their ControlNet forms"
-    )
-    if not isinstance(getattr(pipe, "unet", None), nn.Module):
-        raise ValueError(f"pipe: got {type(pipe).__name__}; {accepted}")
-    try:
-        sibling = AutoPipelineForImage2Image.from_pipe(pipe)
-    except ValueError as error:
-        raise ValueError(
-            f"pipe: {type(pipe).__name__} has no image-to-image form in diffusers ({error});"
-            f" {accepted}"
-        ) from error
-    if type(sibling) is type(pipe):
-        raise ValueError(f"pipe: {type(pipe).__name__} is image-to-image; {accepted}")
-    if getattr(pipe.vae.config, "latents_mean", None) is not None:
-        raise ValueError(
-            "pipe: its VAE has latents_mean; accepted are VAEs with a scaling_factor alone"
-        )
-    return sibling
 
 
 def make_job(
@@ -122,20 +113,32 @@ def make_job(
     strengths: Sequence[float] | float | None,
     upscale_strength: float,
     scales: Scales,
-    num_inference_steps: int,
-    guidance_scale: float,
+    num_inference_steps: int | None,
+    guidance_scale: Sequence[float] | float | None,
     negative_prompt: str | list[str] | None,
+    shift: float | None,
+    low_resolution_guidance: float | None,
     output: str | Path | None,
     output_type: str,
     extra: dict[str, Any],
+    pooled: int = 1,
 ) -> Job:
     """Check a call, and cut it into stages. The arguments are those of `HighResPipeline`.
+
+    Args:
+        pooled: tokens a side that are pooled into one, see `linfusion.attention.clear`.
 
     Raises:
         ValueError: one that cannot be done; it names the argument, what came and what is accepted.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: got {strategy!r}; accepted are {', '.join(STRATEGIES)}")
+    flows = is_transformer(pipe)
+    if strategy == "guided" and flows:
+        raise ValueError(
+            f"strategy: 'guided' dilates convolutions, and {type(pipe.transformer).__name__} has"
+            " none; accepted are 'sdedit', and 'superres' from a picture"
+        )
     if strategy == "superres" and image is None:
         raise ValueError("image: strategy 'superres' starts from a picture, and got None")
     if output_type not in OUTPUT_TYPES:
@@ -144,47 +147,70 @@ def make_job(
         if len(prompt) != 1:
             raise ValueError(f"prompt: got {len(prompt)} prompts; accepted is one, for one picture")
         prompt = prompt[0]
+    known = recipe(pipe)
+    if num_inference_steps is None:
+        num_inference_steps = known.steps
     if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
         raise ValueError(f"num_inference_steps: got {num_inference_steps!r}; accepted: 1 or more")
     if not factor > 1:
         raise ValueError(f"factor: got {factor!r}; accepted is a number above 1")
     order = pipe.scheduler.order
-    if strategy != "sdedit" and order != 1:
+    steers = strategy != "sdedit" and not flows
+    if steers and order != 1:
         raise ValueError(
             f"strategy: {strategy!r} needs a scheduler that calls the denoiser once a step;"
             f" {type(pipe.scheduler).__name__} calls it {order} times"
         )
-    target = _target(height, width, size)
-    unit = pipe.vae_scale_factor
+    target = target_size(height, width, size)
+    unit = pixel_multiple(pipe) * pooled
     for name, side in zip(("height", "width"), target, strict=True):
         check_side(name, side, unit)
     native = native_size(pipe)
+    _refuse_beyond_positions(pipe, target)
     picture = None
     if image is not None:
         picture = image if isinstance(image, np.ndarray) else open_picture(image)
-        base = _picture_size(picture, target, unit)
+        base = picture_size(picture, target, unit)
     else:
-        base = _base_size(base_size, target, native, unit)
+        base = first_size(base_size, target, native, unit)
     sizes = split(base, target, factor, unit, from_picture=picture is not None)
     later = len(sizes) - (picture is None)
-    strength_of = _strengths(strengths, strategy, upscale_strength, later, num_inference_steps)
+    given = list(known.strengths[strategy]) if strategy in known.strengths else None
+    strength_of = _strengths(pipe, strengths, given, upscale_strength, later, num_inference_steps)
+    guidance_of = _guidance(pipe, guidance_scale, known.guidance, len(sizes), picture is None)
+    weight = _pull(pipe, low_resolution_guidance)
     stages = []
     if picture is None:
         count = num_inference_steps * order - (order - 1)
-        stages.append(Stage(*sizes.pop(0), strength=None, steps=count))
-    for at, strength in zip(sizes, strength_of, strict=True):
-        count = min(int(num_inference_steps * strength), num_inference_steps)
+        stages.append(Stage(*sizes.pop(0), None, count, guidance_of.pop(0)))
+    before = base
+    for at, strength, guidance in zip(sizes, strength_of, guidance_of, strict=True):
+        count = later_steps(pipe, num_inference_steps, strength)
         if strategy == "superres":
             ratio = math.ceil(max(at) / native)
         else:
             ratio = max(1, round(max(at) / max(base)))
-        stages.append(Stage(*at, strength=strength, steps=count * order - (order - 1), ratio=ratio))
+        pull = (1.0 if max(at) > GUIDED_ABOVE else 0.0) if weight is None else weight
+        stages.append(
+            Stage(
+                *at,
+                strength=strength,
+                steps=count * order - (order - 1),
+                guidance_scale=guidance,
+                ratio=ratio,
+                pull=pull if flows else 0.0,
+                enlarged=max(at) / max(before),
+            )
+        )
+        before = at
+    length = text_length(pipe)  # of a text encoder made for less than the call takes by default
     if output is not None:
         output = Path(output)
         bytes_needed(output, target[1], target[0])  # refuses what cannot be written
     return Job(
         stages=tuple(stages),
         strategy=strategy,
+        steers=steers,
         scales=scales,
         num_inference_steps=num_inference_steps,
         picture=picture,
@@ -192,149 +218,112 @@ def make_job(
         call={
             "prompt": prompt,
             "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "negative_prompt": negative_prompt,
+            **_negative(pipe, sibling, negative_prompt, extra),
+            **({} if length is None else {"max_sequence_length": length}),
             **_extra(pipe, sibling, extra),
         },
         output=output,
         output_type=output_type,
+        shift=stage_shift(pipe, shift),
     )
 
 
-def native_size(pipe: Any) -> int:
-    """The side in pixels that the model was made for."""
-    own = pipe.unet.config.sample_size
-    return (max(own) if isinstance(own, (list, tuple)) else own) * pipe.vae_scale_factor
-
-
-def check_side(name: str, side: Any, unit: int) -> None:
-    """Refuse a side that is no multiple of the latent grid, and offer those that are near."""
-    if not isinstance(side, int) or isinstance(side, bool) or side < unit or side % unit:
-        near = ""
-        if isinstance(side, int) and side > 0:
-            low = side // unit * unit
-            near = (
-                f"; the nearest are {low} and {low + unit}" if low else f"; the nearest is {unit}"
-            )
-        raise ValueError(f"{name}: got {side!r}; accepted are multiples of {unit} pixels{near}")
-
-
-def split(
-    base: tuple[int, int],
-    target: tuple[int, int],
-    factor: float,
-    unit: int,
-    *,
-    from_picture: bool,
-) -> list[tuple[int, int]]:
-    """Sizes (height, width) from `base` on, each `factor` times the one before, to the target.
-
-    A last jump of less than factor^0.2 is not worth a stage: the one before goes the whole way.
-
-    Args:
-        from_picture: `base` is there already; it is left out then, and the target always in.
-    """
-    ratio = max(target) / max(base)
-    count = max(math.ceil(math.log(ratio, factor) - 0.2), 0) if ratio > 1 else 0
-    count = max(count, int(from_picture or base != target))
-    sizes = [] if from_picture else [base]
-    for i in range(1, count):
-        scale = max(base) * factor**i / max(target)
-        sizes.append((_near(target[0] * scale, unit), _near(target[1] * scale, unit)))
-    return [*sizes, target] if count else sizes
-
-
-def _near(side: float, unit: int) -> int:
-    return max(unit, round(side / unit) * unit)
-
-
-def _target(
-    height: int | None, width: int | None, size: int | tuple[int, int] | None
-) -> tuple[int, int]:
-    if size is None and height is not None and width is not None:
-        return height, width
-    if size is None or height is not None or width is not None:
+def _refuse_beyond_positions(pipe: Any, target: tuple[int, int]) -> None:
+    if not is_transformer(pipe) or is_packed(pipe):
+        return
+    most = pipe.transformer.config.pos_embed_max_size
+    limit = most * pixel_multiple(pipe)
+    if max(target) > limit:
         raise ValueError(
-            f"size: got size={size!r}, height={height!r}, width={width!r}; accepted is either size"
-            " (one side, or height and width) or both of height and width"
+            f"size: got {target[1]}×{target[0]}; {type(pipe.transformer).__name__} knows positions"
+            f" of {most} tokens a side, so accepted are sides up to {limit} pixels"
         )
-    return _pair("size", size)
 
 
-def _pair(name: str, size: Any) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, Sequence) and len(size) == 2:
-        return size[0], size[1]
-    raise ValueError(f"{name}: got {size!r}; accepted is a side or (height, width) in pixels")
-
-
-def _base_size(
-    base_size: int | tuple[int, int] | None, target: tuple[int, int], native: int, unit: int
-) -> tuple[int, int]:
-    """The area the model was made for, in the aspect of the target."""
-    if base_size is None:
-        if native > max(target):
+def _guidance(
+    pipe: Any,
+    given: Sequence[float] | float | None,
+    known: tuple[float, float],
+    count: int,
+    draws: bool,
+) -> list[float]:
+    """One guidance scale a stage."""
+    scales: list[Any] = list(known if draws else known[1:])
+    if given is not None:
+        if is_packed(pipe) and not pipe.transformer.config.guidance_embeds:
             raise ValueError(
-                f"size: got {target[1]}×{target[0]}, which is smaller than the {native} pixels this"
-                " model starts from; name a smaller base_size, or a larger size"
+                f"guidance_scale: got {given!r}, which a FLUX without a guidance embedding does not"
+                " read; accepted is true_cfg_scale, with a negative_prompt"
             )
-        scale = min(1.0, native / math.sqrt(target[0] * target[1]))
-        return _near(target[0] * scale, unit), _near(target[1] * scale, unit)
-    base = _pair("base_size", base_size)
-    if isinstance(base_size, int):  # the longer side
-        check_side("base_size", base_size, unit)
-        base = (
-            _near(target[0] * base_size / max(target), unit),
-            _near(target[1] * base_size / max(target), unit),
-        )
-    for side in base:
-        check_side("base_size", side, unit)
-    if base[0] > target[0] or base[1] > target[1]:
-        raise ValueError(
-            f"base_size: got {base[1]}×{base[0]}; accepted is up to the size,"
-            f" {target[1]}×{target[0]}"
-        )
-    return base
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            given = [given]
+        scales = list(given)
+        if not 0 < len(scales) <= count:
+            raise ValueError(
+                f"guidance_scale: got {len(scales)} for {count} stages; accepted is one for all, or"
+                " one a stage, or fewer: the last repeats"
+            )
+    for scale in scales:
+        if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+            raise ValueError(f"guidance_scale: got {scale!r}; accepted are numbers")
+    return [*scales[:count], *scales[-1:] * (count - len(scales))]
 
 
-def _picture_size(picture: np.ndarray, target: tuple[int, int], unit: int) -> tuple[int, int]:
-    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+def _pull(pipe: Any, given: float | None) -> float | None:
+    """The weight of low-resolution guidance; None where the size of a stage decides."""
+    if given is None:
+        return None
+    if not is_transformer(pipe):
         raise ValueError(
-            f"image: got {picture.dtype} {list(picture.shape)}; accepted are a file, a Pillow image"
-            " or uint8 [H, W, 3]"
+            f"low_resolution_guidance: got {given!r}; {type(pipe).__name__} has no flow to project;"
+            " accepted is None, or strategy='guided'"
         )
-    height, width = picture.shape[:2]
-    if height > target[0] or width > target[1]:
+    if not isinstance(given, (int, float)) or not 0 <= given <= 1:
         raise ValueError(
-            f"size: got {target[1]}×{target[0]}, which is smaller than the image, {width}×{height}"
+            f"low_resolution_guidance: got {given!r}; accepted are numbers from 0 (off) to 1"
         )
-    if abs(target[0] * width / (target[1] * height) - 1) > 0.02:
-        scale = math.sqrt(target[0] * target[1] / (height * width))
-        fits = _near(width * scale, unit), _near(height * scale, unit)
+    return float(given)
+
+
+def _negative(
+    pipe: Any, sibling: Any, negative_prompt: str | list[str] | None, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """The negative prompt, where it has an effect at every stage."""
+    if not is_packed(pipe):
+        return {"negative_prompt": negative_prompt}
+    scale = extra.get("true_cfg_scale", 1.0)
+    for name in ("negative_prompt", "true_cfg_scale"):
+        if negative_prompt is None and name not in extra:
+            continue
+        for runs in (pipe, sibling):
+            if name not in parameters_of(runs):
+                raise ValueError(f"{name}: {type(runs).__name__} takes none; accepted is None")
+    if negative_prompt is None:
+        return {}
+    if not scale > 1:
         raise ValueError(
-            f"size: got {target[1]}×{target[0]}, which would stretch the image of {width}×{height};"
-            f" of its shape is {fits[0]}×{fits[1]}"
+            f"negative_prompt: got {negative_prompt!r}, which {type(pipe).__name__} would not read;"
+            " it does with true_cfg_scale above 1"
         )
-    return height, width
+    return {"negative_prompt": negative_prompt}
 
 
 def _strengths(
+    pipe: Any,
     strengths: Sequence[float] | float | None,
-    strategy: str,
+    known: list[float] | None,
     upscale_strength: float,
     count: int,
     steps: int,
 ) -> list[float]:
     name = "strengths"
-    if strengths is None:
-        if strategy == "guided":
-            name = "upscale_strength"
-            given = [upscale_strength * (1 - i / count) for i in range(count)]
-        else:
-            given = list(STRENGTHS[strategy])
-    else:
+    if strengths is not None:
         given = list(strengths) if isinstance(strengths, Sequence) else [strengths]
+    elif known is not None:
+        given = known
+    else:  # "guided"
+        name = "upscale_strength"
+        given = [upscale_strength * (1 - i / count) for i in range(count)]
     if count and not given:
         raise ValueError(f"{name}: got none; accepted is one a stage, or fewer: the last repeats")
     for strength in given:
@@ -342,7 +331,7 @@ def _strengths(
             raise ValueError(f"{name}: got {strength!r}; accepted are numbers above 0 and up to 1")
     given = [*given[:count], *given[-1:] * (count - len(given))]
     for strength in given:
-        if int(steps * strength) < 1:
+        if later_steps(pipe, steps, strength) < 1:
             raise ValueError(
                 f"{name}: {strength:.3g} of {steps} steps is no step; accepted is"
                 f" {1 / steps:.3g} or more, or more num_inference_steps"
@@ -352,14 +341,14 @@ def _strengths(
 
 def _control(pipe: Any, control_image: Any) -> list[np.ndarray] | str | None:
     """The ControlNets' pictures."""
-    nets = getattr(pipe, "controlnet", None)
-    if nets is None:
+    nets = controlnets(pipe)
+    if not nets:
         if control_image is not None:
             raise ValueError(
                 f"control_image: {type(pipe).__name__} has no ControlNet; accepted is None"
             )
         return None
-    count = len(getattr(nets, "nets", [nets]))
+    count = len(nets)
     if isinstance(control_image, str) and control_image == "previous":
         return control_image
     given = control_image if isinstance(control_image, (list, tuple)) else [control_image]

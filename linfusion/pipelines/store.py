@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +87,26 @@ class Store:
         whole = Whole(self, tuple(tensor.shape), axis, line, tensor.dtype, tensor.device)
         whole.tensor = tensor
         return whole
+
+    def adopt(self, tensor: Tensor, axis: int, line: int) -> Whole:
+        """A whole tensor that was made just now, counted; one of `new` in a dry run."""
+        shape = tuple(tensor.shape)
+        if self.dry:
+            return self.new(shape, axis, line, tensor.dtype, tensor.device)
+        self._make_room(tensor.nbytes)
+        whole = self.keep(tensor, axis, line)
+        self._count(whole, tensor.nbytes)
+        return whole
+
+    @contextlib.contextmanager
+    def beside(self, nbytes: int) -> Iterator[None]:
+        """Count bytes that others hold meanwhile."""
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+        try:
+            yield
+        finally:
+            self.live -= nbytes
 
     def touch(self, whole: Whole) -> None:
         """Note that `whole` is in use."""

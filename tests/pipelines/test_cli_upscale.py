@@ -15,6 +15,7 @@ from linfusion import weights, zoo
 from linfusion.cli import main
 from linfusion.pipelines.pictures import read_parameters
 from tests.tiny import tiny_image, tiny_sd_pipeline
+from tests.tiny_joint import tiny_flux_pipeline
 
 PROMPT = "a red apple"
 
@@ -120,3 +121,68 @@ def test_the_16k_example_prints_its_plan_and_draws(model, tmp_path, monkeypatch,
     assert out.splitlines()[-1] == "16k.png"
     assert "128×128" in out
     assert Image.open("16k.png").size == (128, 128)
+
+
+@pytest.fixture(scope="module")
+def flux_model(tmp_path_factory):
+    """Folder of a tiny FLUX pipeline with a CLEAR student in its subfolder `clear`."""
+    folder = tmp_path_factory.mktemp("flux") / "flux"
+    pipe = tiny_flux_pipeline()
+    pipe.save_pretrained(folder)
+    weights.save(linfusion.linearize(pipe, "clear", radius=2.5), folder / "clear")
+    return folder
+
+
+@pytest.fixture
+def upscale_flux(flux_model, capsys):
+    """Call `linfusion upscale` on the tiny FLUX; gives exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        common = ["upscale", PROMPT, "-m", flux_model, "--size", 64, "--base-size", 32]
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in [*common, "--steps", 4, *arguments]])
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+def test_flux_draws_with_the_student_in_its_folder(upscale_flux, tmp_path):
+    given = ("--seed", 3, "-o", tmp_path / "x.png", "--json")
+    code, out, err = upscale_flux(*given, "--shift", 5, "--low-resolution-guidance", 0.5)
+    assert code == 0, err
+    told = json.loads(out)
+    assert (told["shift"], told["attention"]["radius"], told["attention"]["ntk"]) == (5, 2.5, 10)
+    assert [(s["guidance_scale"], s["pull"]) for s in told["stages"]] == [(3.5, 0), (7.5, 0.5)]
+    assert Image.open(tmp_path / "x.png").size == (64, 64)
+
+
+def test_flux_goes_without_windows(upscale_flux, tmp_path):
+    code, out, err = upscale_flux("--softmax", "-o", tmp_path / "x.png", "--json")
+    assert code == 0, err
+    assert json.loads(out)["attention"] == "softmax"
+
+
+def test_flux_prints_its_plan(upscale_flux, tmp_path):
+    code, out, err = upscale_flux("--dry-run", "--json", "-o", tmp_path / "x.png")
+    assert code == 0, err
+    assert len(json.loads(out)["work"]) == 5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--method", "linfusion"],
+            "method: got 'linfusion'; FluxTransformer2DModel takes 'clear'",
+        ),
+        (["--strategy", "guided"], "strategy: 'guided' dilates convolutions"),
+        (["--shift", -1], "shift: got -1.0; accepted are numbers above 0"),
+        (["--negative-prompt", "b"], "negative_prompt: got 'b', which FluxPipeline would not read"),
+    ],
+)
+def test_a_wrong_call_of_flux_ends_with_2_and_one_line(upscale_flux, arguments, message):
+    code, out, err = upscale_flux(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err.strip().splitlines()[-1]

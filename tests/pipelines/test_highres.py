@@ -29,7 +29,7 @@ from linfusion import HighResPipeline
 from linfusion.pipelines import guided
 from linfusion.pipelines.enlarge import Enlarged
 from linfusion.pipelines.pictures import read, read_parameters
-from linfusion.pipelines.stages import split
+from linfusion.pipelines.sizes import split
 from tests.compat.test_adapters import with_ip_adapter
 from tests.students import student_for
 from tests.tiny import (

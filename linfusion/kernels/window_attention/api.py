@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from linfusion.kernels import library
 from linfusion.kernels.library import without_autocast
@@ -106,6 +107,13 @@ def window_attention(
             it, what came and what is accepted.
         ImportError: impl="triton" without triton.
     """
+    if has_torch_function((q, k, v)):  # tensors that know better, as torch's own functions ask
+        return handle_torch_function(
+            window_attention, (q, k, v),  # type: ignore[arg-type]
+            q, k, v, grid=grid, radius=radius, shape=shape,
+            context=context, pooled=pooled, scale=scale, return_lse=return_lse, order=order,
+            impl=impl,
+        )  # fmt: skip
     _check_tokens(q, k, v)
     size = _grid(grid, q.shape[1])
     radius = _radius(radius)
