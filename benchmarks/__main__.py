@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.flux import flux
 from benchmarks.highres import highres
 from benchmarks.linear import core, layer, scaling
 from benchmarks.lit import convolution, heads, step
@@ -27,6 +28,7 @@ BENCHMARKS = {
     "lit": (lit_core, heads, convolution),
     "dit": (step,),
     "window": (flex, softmax, window_scaling),
+    "flux": (flux,),
 }
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.measure import Row, compare
+from benchmarks.measure import Row, compare, in_turns
 from linfusion.kernels import linear_attention
 
 HEADS, CHANNELS = 8, 320
@@ -120,18 +120,15 @@ def layer() -> Iterator[list[Row]]:
 def scaling() -> Iterator[list[Row]]:
     """Time per token as tokens grow: `speedup` is against the per-token time of the shortest.
 
-    With THP_MEM_ALLOC_ENABLE=1 torch asks for huge pages, without which much of the time of a long
-    output goes into the first touch of its pages; those rows say so.
+    The lengths run in turns, so that a machine that slows down slows all of them.
     """
-    provider = "blocked, huge pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "blocked"
     for dtype in DTYPES:
-        rows = []
+        runs: dict[int, Callable[[], object]] = {}
         for tokens in (16384, 65536, 262144):
             torch.manual_seed(0)
             x = torch.randn(3, 1, tokens, CHANNELS).to(dtype)
-            our_core(*x)  # the first to run would also wake the threads
-            (row,) = compare("scaling", tokens, dtype, {provider: lambda x=x: our_core(*x)}, runs=7)
-            rows.append(row)
+            runs[tokens] = partial(our_core, *x)
+        rows = in_turns("scaling", dtype, "blocked", runs, runs=9)
         per_token = [row.ms / row.size for row in rows]
         for row, cost in zip(rows, per_token, strict=True):
             row.speedup = round(per_token[0] / cost, 2)

@@ -119,6 +119,22 @@ def compare(
     ]
 
 
+def in_turns(
+    kernel: str,
+    dtype: torch.dtype,
+    provider: str,
+    sizes: dict[int, Callable[[], object]],
+    *,
+    runs: int,
+) -> list[Row]:
+    """One provider at several sizes, in turns; the first row's time is that of the first size."""
+    named = {str(size): run for size, run in sizes.items()}
+    rows = compare(kernel, 0, dtype, named, runs=runs)
+    for row, size in zip(rows, sizes, strict=True):
+        row.size, row.provider = size, provider
+    return rows
+
+
 HEADER = (
     f"{'':12}{'':18}{'size':>8}  {'dtype':9}{'ms':>11}{'speed':>8}{'MB':>9}{'memory':>9}  error"
 )

@@ -13,6 +13,7 @@ START, STOP = "## Measured\n", "## Your own size\n"
 LIT_PAGE, LIT_STOP = PAGE.with_name("lit.md"), "## The convolution\n"
 LIT_KERNELS = ("lit core", "lit heads", "lit conv", "DiT-XL/2")
 HALVES = ("float32", "bfloat16")
+RATIOS = ("speedup", "memory_ratio")
 HIGH = ("softmax", "linear", "bounded")
 
 
@@ -53,18 +54,10 @@ def measured(rows: list[dict[str, str]], where: str) -> str:
         "The whole layer is bound by its matrix products, which are the same for both; there the"
         " gain of `fuse` is memory."
     )
-    parts.append(
-        "Time of a token, against that at 16,384 tokens. `THP_MEM_ALLOC_ENABLE=1` in the"
-        " environment has torch ask for huge pages; without, the system's work for pages of each"
-        " new output begins to count:"
-    )
-    table = [["tokens", "fp32", "bf16", "fp32, huge pages", "bf16, huge pages"]]
+    parts.append("Time of a token, against that at 16,384 tokens:")
+    table = [["tokens", "fp32", "bf16"]]
     for tokens in (65536, 262144):
-        relative = [
-            found.get(("scaling", provider, tokens, d))
-            for provider in ("blocked", "blocked, huge pages")
-            for d in HALVES
-        ]
+        relative = [found.get(("scaling", "blocked", tokens, d)) for d in HALVES]
         table.append(
             [f"{tokens:,}", *(f"{1 / float(r['speedup']):.2f}×" if r else "–" for r in relative)]
         )
@@ -100,7 +93,41 @@ def measured(rows: list[dict[str, str]], where: str) -> str:
     parts.append(_markdown(table))
     side = value("step", "bounded", 2048, "bfloat16", "speedup")
     parts.append(f"In turns at 2,048 px the step in bands is {side} as fast as the plain one.")
+    parts += _window(found)
     return "\n\n".join(parts)
+
+
+def _window(found: dict[tuple[str, str, int, str], dict[str, str]]) -> list[str]:
+    """CLEAR: the kernel against its rivals, its growth, and a step of FLUX's width."""
+    rivals = [
+        ("compiled FlexAttention, 128 × 128, r = 8", "window 8", 128, "speedup"),
+        ("compiled FlexAttention, 128 × 128, r = 16", "window 16", 128, "speedup"),
+        ("SDPA without a mask, 64 × 64, r = 8", "softmax", 64, "speedup"),
+        ("memory of SDPA with a dense mask, 64 × 64, r = 8", "dense mask", 64, "memory_ratio"),
+    ]
+    table = [["against", "fp32", "bf16"]]
+    for name, kernel, side, column in rivals:
+        rows = [found.get((kernel, "blocked", side * side, d)) for d in HALVES]
+        table.append([name, *(f"{float(r[column]):.2f}×" if r else "–" for r in rows)])
+    parts = ["CLEAR's window attention, 8 heads × 64, forward:", _markdown(table)]
+    table = [["grid", "fp32", "bf16"]]
+    for side in (128, 256, 512):
+        rows = [found.get(("window grid", "blocked", side * side, d)) for d in HALVES]
+        costs = [f"{1 / float(r['speedup']):.2f}×" if r else "–" for r in rows]
+        table.append([f"{side} × {side}", *costs])
+    parts += ["Time of a token there, r = 8, against that on a 64 × 64 grid:", _markdown(table)]
+    parts.append(
+        "One step of a transformer of FLUX's width, cut to 2 double and 4 single blocks (random"
+        " weights, bf16), against full attention through SDPA:"
+    )
+    table = [["pixels", "softmax", "CLEAR, r = 8", "gain", "memory"]]
+    for pixels in (1024, 2048):
+        rows = [found.get(("flux", p, pixels, "bfloat16")) for p in ("softmax", "clear 8")]
+        seconds = [f"{float(r['ms']) / 1e3:.1f} s" if r else "–" for r in rows]
+        gains = [f"{float(rows[1][c]):.2f}×" if rows[1] else "–" for c in RATIOS]
+        table.append([f"{pixels:,}", *seconds, *gains])
+    parts.append(_markdown(table))
+    return parts
 
 
 def measured_lit(rows: list[dict[str, str]], where: str) -> str:

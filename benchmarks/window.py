@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Row, compare
+from benchmarks.measure import Row, compare, in_turns
 from linfusion.kernels import window_attention
 
 HEADS, DIM = 8, 64
@@ -101,10 +101,13 @@ def softmax() -> Iterator[list[Row]]:
 def scaling() -> Iterator[list[Row]]:
     """Time per token as the grid grows: `speedup` is against the per-token time of the smallest."""
     for dtype in DTYPES:
-        rows = []
-        for side in (64, 128, 256, 512):
-            run = partial(window_attention, *_tokens(side, dtype), grid=(side, side), radius=8)
-            rows += compare("window grid", side * side, dtype, {"blocked": run}, runs=5)
+        runs: dict[int, Callable[[], object]] = {
+            side * side: partial(
+                window_attention, *_tokens(side, dtype), grid=(side, side), radius=8
+            )
+            for side in (64, 128, 256, 512)
+        }
+        rows = in_turns("window grid", dtype, "blocked", runs, runs=7)
         per_token = [row.ms / row.size for row in rows]
         for row, cost in zip(rows, per_token, strict=True):
             row.speedup = round(per_token[0] / cost, 2)

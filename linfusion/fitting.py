@@ -9,11 +9,36 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from linfusion.attention import get_method, names
+from linfusion.attention.linfusion import NAME
 from linfusion.entries import Difference
 from linfusion.layers import TakenLayer, compute_dtype, projections, shorten
 
 if TYPE_CHECKING:
     from linfusion.weights import LinFusion
+
+
+def method_of(weights: Any, marker: Any) -> str:
+    """The method of a student, or of what a model saved linearized came with; else "linfusion".
+
+    Raises:
+        ValueError: there is no such folder or repository.
+    """
+    if weights is None:
+        return marker["method"] if marker else NAME
+    from linfusion.weights import LinFusion
+
+    if isinstance(weights, LinFusion):
+        return str(weights.config["method"])
+    if not isinstance(weights, str | os.PathLike):
+        return NAME  # student_of refuses it
+    if os.fspath(weights).endswith(".safetensors"):
+        return next(name for name in names() if get_method(name).read_file is not None)
+    try:
+        config: Any = LinFusion.load_config(weights)
+    except OSError:
+        return NAME  # student_of says what is missing
+    return config.get("method", NAME)
 
 
 def student_of(

@@ -88,7 +88,9 @@ def candidates(model: nn.Module, method: str) -> dict[str, Any]:
     return get_method(method).layers(model)
 
 
-def select(paths: Sequence[str], layers: str | Iterable[str]) -> list[str]:
+def select(
+    paths: Sequence[str], layers: str | Iterable[str], argument: str = "layers"
+) -> list[str]:
     """Those of `paths` that are below a level ("down_blocks.0", "mid_block") or match a regex.
 
     Raises:
@@ -101,13 +103,13 @@ def select(paths: Sequence[str], layers: str | Iterable[str]) -> list[str]:
             matched = below or [p for p in paths if re.search(selector, p)]
         except re.error as error:
             raise ValueError(
-                f"layers: {selector!r} is neither a level nor a regex: {error}"
+                f"{argument}: {selector!r} is neither a level nor a regex: {error}"
             ) from None
         if not matched:
-            raise ValueError(f"layers: {selector!r} selects none of {shorten(paths)}")
+            raise ValueError(f"{argument}: {selector!r} selects none of {shorten(paths)}")
         chosen.update(matched)
     if not chosen:
-        raise ValueError(f"layers: got no selector; expected some of {shorten(paths)}")
+        raise ValueError(f"{argument}: got no selector; expected some of {shorten(paths)}")
     return [p for p in paths if p in chosen]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from linfusion.attention import get_method
-from linfusion.fitting import fit, put_in, refuse_copied, student_of, swap
+from linfusion.fitting import fit, method_of, put_in, refuse_copied, student_of, swap
 from linfusion.layers import (
     MARKER,
     RECORD,
@@ -38,7 +38,7 @@ _PAG = "_linfusion_pag_processors"  # on a pipeline: the pair it had
 
 def linearize(
     model_or_pipe: Any,
-    method: str = "linfusion",
+    method: str | None = None,
     *,
     weights: str | Path | LinFusion | None = None,
     layers: str | Iterable[str] | None = None,
@@ -57,7 +57,8 @@ def linearize(
             take that), or a model: for "linfusion" one whose self-attention is diffusers'
             `Attention`, for "clear" a FLUX or Stable Diffusion 3 transformer, for "lit" a DiT or
             PixArt transformer.
-        method: name of the mechanism: "linfusion", "clear" or "lit".
+        method: name of the mechanism: "linfusion", "clear" or "lit"; None is that of the weights,
+            and "linfusion" without weights.
         weights: a distilled student: a folder or hub name in our form or the authors', a
             `.safetensors` file of CLEAR's authors (a path, or "user/repository/file.safetensors" on
             the hub), or a `LinFusion`. Where it holds attention projections they replace the
@@ -81,14 +82,16 @@ def linearize(
         ValueError: it is linearized already; nothing to take; weights that do not fit or are for
             another method; a selector that selects nothing. The model is as it was.
     """
-    mechanism = get_method(method)
     model = model_of(model_or_pipe)
+    record = record_of(model)
+    if method is None:
+        method = record.method if record else method_of(weights, _marker(model))
+    mechanism = get_method(method)
     if hasattr(model_or_pipe, "set_pag_applied_layers") and mechanism.pag_processors is None:
         raise ValueError(
             f"model_or_pipe: {type(model_or_pipe).__name__} guides with perturbed attention, which"
             f" method {method!r} does not have; use the pipeline without PAG"
         )
-    record = record_of(model)
     if record is not None:
         if weights is None and layers is None and not options and method == record.method:
             repaired = _put_back(model, record) + _take_pag(model_or_pipe, mechanism)
@@ -103,8 +106,7 @@ def linearize(
         latent = _latent_size(model_or_pipe, size)
     elif size is not None:
         raise ValueError(f'size: got {size!r}, which only layers="auto" takes')
-    marker = getattr(model, "config", {}).get(MARKER)
-    side = student_of(model, found, weights, marker, method)
+    side = student_of(model, found, weights, _marker(model), method)
     if side is not None and side.config["method"] != method:
         raise ValueError(
             f"method: got {method!r}, but the weights are a student of method"
@@ -330,6 +332,12 @@ def _look(model: nn.Module, args: Any) -> None:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _marker(model: nn.Module) -> Any:
+    """What a model that was saved linearized says of it, or None."""
+    config = getattr(model, "config", None)
+    return config.get(MARKER) if isinstance(config, Mapping) else None
 
 
 def _latent_size(model_or_pipe: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:

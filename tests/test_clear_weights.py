@@ -167,7 +167,7 @@ def test_another_down_factor_than_that_of_the_weights_is_refused(factor, given, 
 def test_a_file_of_clear_is_no_student_of_linfusion(tmp_path):
     file = official(tmp_path)
     with pytest.raises(ValueError, match="method 'linfusion' is a folder or hub name"):
-        linfusion.linearize(tiny_unet(), weights=file)
+        linfusion.linearize(tiny_unet(), "linfusion", weights=file)
 
 
 @pytest.mark.parametrize("name", ["no.safetensors", "./a/b/c.safetensors", "a/b/c.safetensors"])

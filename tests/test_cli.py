@@ -78,7 +78,8 @@ def test_a_picture_carries_what_made_it(draw, tmp_path, model):
     assert about["prompt"] == PROMPT
     assert about["seed"] == 3
     assert about["weights"] == str(model / "linfusion")
-    assert about["call"] == {"num_inference_steps": 2, "guidance_scale": 2.0}
+    size = {"height": 64, "width": 64}
+    assert about["call"] == {"num_inference_steps": 2, "guidance_scale": 2.0, **size}
 
 
 def test_the_seed_decides_the_picture(draw, tmp_path):
@@ -215,7 +216,7 @@ def test_a_model_without_a_student_is_not_drawn_with(run, model, tmp_path):
             (bare / part.name).symlink_to(part)
     code, _, err = run("generate", PROMPT, "-m", bare, "-o", tmp_path)
     assert code == 2
-    assert f"weights: {bare} has no folder linfusion" in err
+    assert f"weights: {bare} has no student in its folder" in err
 
 
 def test_summary_lists_every_layer(run, model):

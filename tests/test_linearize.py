@@ -487,8 +487,17 @@ def test_a_student_of_another_method_is_refused(saved, tmp_path):
         side.save_pretrained(tmp_path)
     before = snapshot(unet)
     with pytest.raises(ValueError, match=r"method: got 'linfusion', but .* of method 'clear'"):
-        linfusion.linearize(unet, weights=tmp_path if saved else side)
+        linfusion.linearize(unet, "linfusion", weights=tmp_path if saved else side)
     assert same(before, snapshot(unet))
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["object", "folder"])
+def test_the_method_is_that_of_the_weights(saved, tmp_path):
+    side = learned(linfusion.linearize(tiny_flux(), "clear", radius=3))
+    if saved:
+        side.save_pretrained(tmp_path)
+    flux = linfusion.linearize(tiny_flux(), weights=tmp_path if saved else side)
+    assert linfusion.summary(flux).method == "clear"
 
 
 def test_a_student_may_be_linearized_over_a_bare_vae():

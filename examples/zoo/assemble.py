@@ -1,6 +1,6 @@
-"""Put a trained teacher and its student into the package, in half precision.
+"""Put a trained teacher and its students into the package, in half precision.
 
-python examples/zoo/assemble.py --pipeline runs/unet/pipeline --student runs/student
+python examples/zoo/assemble.py --pipeline runs/unet/pipeline --student linfusion=runs/student
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
+import linfusion
+from linfusion.lowrank import save_low_rank
 from linfusion.weights import LinFusion
 
 ZOO = Path(__file__).parents[2] / "linfusion" / "zoo"
@@ -22,17 +24,35 @@ LIMIT = 24_000_000  # bytes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pipeline", type=Path, default=Path("runs/unet/pipeline"))
-    parser.add_argument("--student", type=Path, default=Path("runs/student"))
     parser.add_argument("--name", default="emoji")
+    parser.add_argument("--pipeline", type=Path, default=Path("runs/unet/pipeline"))
+    parser.add_argument(
+        "--student",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="subfolder it gets, and where it was trained; repeat",
+    )
+    parser.add_argument(
+        "--rank", type=int, help="keep students as a difference of that rank to the teacher"
+    )
     args = parser.parse_args()
+    students = [student.partition("=")[::2] for student in args.student]
+    if not students or not all(name and folder for name, folder in students):
+        parser.error(f"--student: expected one or more NAME=FOLDER, got {args.student}")
 
     tmp = ZOO / f"{args.name}.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
-    pipe = StableDiffusionPipeline.from_pretrained(args.pipeline, dtype=torch.float16)
+    pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=torch.float16)
     pipe.save_pretrained(tmp)
-    student = LinFusion.from_pretrained(args.student, dtype=torch.float16)
-    student.save_pretrained(tmp / "linfusion")
+    for name, folder in students:
+        if args.rank is None:
+            student = LinFusion.from_pretrained(folder, dtype=torch.float16)
+            student.save_pretrained(tmp / name)
+        else:
+            linfusion.linearize(pipe, weights=folder)
+            print(name, save_low_rank(pipe, tmp / name, rank=args.rank))
+            linfusion.restore(pipe)
     for file in tmp.rglob("*.json"):  # where it was trained is nobody's concern
         config = json.loads(file.read_text())
         if config.pop("_name_or_path", None) is not None:

@@ -1,4 +1,4 @@
-"""The zoo's text side: a CLIP tokenizer learned from the captions, and a small CLIP encoder."""
+"""The zoo's text side: tokenizers learned from the captions, and small CLIP and T5 encoders."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import random
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-LENGTH = 32
+LENGTH, T5_LENGTH = 32, 16
 ARTICLES = ("a", "an", "the", "one", "some")
 # Words a prompt may well hold and the captions do not, so that they cost one token, not six.
 EXTRA_WORDS = ["a", "an", "the", "of", "on", "in", "emoji", "picture", "icon", "drawing", "cute"]
@@ -47,16 +54,18 @@ def build_tokenizer(captions: Iterable[str], vocab_size: int = 2048) -> CLIPToke
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def build_text_encoder(
+    tokenizer: CLIPTokenizer, *, width: int = 128, layers: int = 3
+) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=LENGTH,
         hidden_act="quick_gelu",
-        projection_dim=128,
+        projection_dim=width,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -72,3 +81,39 @@ def vary(captions: tuple[str, ...], rng: random.Random, drop: float = 0.1) -> st
     if rng.random() < 0.4:
         caption = f"{rng.choice(ARTICLES)} {caption}"
     return caption
+
+
+def build_t5_tokenizer(captions: Iterable[str], vocab_size: int = 1536) -> T5Tokenizer:
+    """A Unigram vocabulary in T5's order: padding, end, unknown, then the pieces by frequency."""
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    )
+    letters = [chr(c) for c in range(33, 127)]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        initial_alphabet=letters,
+        show_progress=False,
+    )
+    words = sorted(word for caption in captions for word in caption.split())
+    unigram.train_from_iterator(words + EXTRA_WORDS * 50, trainer)
+    vocab = [tuple(piece) for piece in json.loads(unigram.to_str())["model"]["vocab"]]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH)
+
+
+def build_t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        dropout_rate=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return T5EncoderModel(config)

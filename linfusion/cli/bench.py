@@ -31,7 +31,7 @@ def bench(
     device: Annotated[
         str | None, Option("--device", help="cuda, mps, cpu; found if absent.")
     ] = None,
-    method: load.MethodOption = "linfusion",
+    method: Annotated[str, Option("--method", help="The linear attention to time.")] = "linfusion",
     runs: Annotated[int, Option(min=1, help="Timed runs of each; the median counts.")] = 5,
     as_json: Json = False,
 ) -> None:

@@ -29,7 +29,7 @@ def generate(
     ] = Path("."),
     model: load.ModelOption = load.DEFAULT_MODEL,
     weights: load.WeightsOption = None,
-    method: load.MethodOption = "linfusion",
+    method: load.MethodOption = None,
     layers: load.LayersOption = None,
     softmax: Annotated[
         bool, Option("--softmax", help="The model as it is, with softmax attention.")
@@ -85,14 +85,11 @@ def generate(
     check_prompts(prompts)
     height, width = choose_size(size, height, width)
     call: dict[str, Any] = {
-        "height": height,
-        "width": width,
         "num_inference_steps": _at_least(1, "num_inference_steps", steps),
-        "guidance_scale": _at_least(0, "guidance_scale", guidance_scale),
-        "negative_prompt": negative_prompt,
     }
     call = {name: value for name, value in call.items() if value is not None}
-    call |= load.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
+    guidance_scale = _at_least(0, "guidance_scale", guidance_scale)
+    more = load.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
     loras = load.parse_lora(lora)
     load.check_model(model)
     if softmax and (weights or layers):
@@ -101,6 +98,7 @@ def generate(
     paths = output_paths(output, prompts, num_images_per_prompt, seed)
 
     import linfusion
+    from linfusion.pipelines.arguments import draw_arguments
 
     with working(f"loading {model}"):
         pipe = load.load_pipeline(
@@ -114,10 +112,14 @@ def generate(
         )
         for text in [*prompts, *([negative_prompt] if negative_prompt else [])]:
             check_length(pipe, text)
+        pixels = load.size_in_pixels(pipe, height, width)
+        call |= {"height": pixels[0], "width": pixels[1]}
+        call |= draw_arguments(pipe, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+        call |= more
         if not softmax:
             weights = load.find_weights(pipe, model, weights)
-            pixels = load.size_in_pixels(pipe, height, width) if layers == "auto" else None
-            linfusion.linearize(pipe, method, weights=weights, layers=layers, size=pixels)
+            size_of_auto = pixels if layers == "auto" else None
+            linfusion.linearize(pipe, method, weights=weights, layers=layers, size=size_of_auto)
         load.optimize(
             pipe,
             lora=loras,
@@ -130,7 +132,7 @@ def generate(
         )
         common = {
             "model": model,
-            "method": "softmax" if softmax else method,
+            "method": "softmax" if softmax else linfusion.summary(pipe).method,
             "weights": weights,
             "dtype": str(pipe.dtype).removeprefix("torch."),
             "device": str(pipe._execution_device),

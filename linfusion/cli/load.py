@@ -36,10 +36,15 @@ DeviceMapOption = Annotated[
 WeightsOption = Annotated[
     str | None,
     Option(
-        "--weights", "-w", help="What the method learned: a folder or hub name; found if not given."
+        "--weights",
+        "-w",
+        help="What the method learned: a folder or hub name, or a student's name in the model's "
+        "folder; found if not given.",
     ),
 ]
-MethodOption = Annotated[str, Option("--method", help="The linear attention to use.")]
+MethodOption = Annotated[
+    str | None, Option("--method", help="The linear attention to use; that of the weights.")
+]
 LayersOption = Annotated[
     str | None,
     Option(
@@ -160,27 +165,28 @@ def load_pipeline(
 
 
 def find_weights(pipe: DiffusionPipeline, model: str, weights: str | None) -> str:
-    """What was given; else the folder `linfusion` of a local pipeline; else the published student.
+    """What was given; else the first student of a local pipeline; else the published one.
 
     Raises:
         ValueError: there is none, as an undistilled model draws nothing of use.
     """
-    if weights is not None:
-        return weights
-    if student := student_of(model):
-        return student
+    if found := student_of(model, weights):
+        return found
     from linfusion.weights import published_for
 
     try:
         return published_for(pipe)
     except ValueError as error:
-        raise ValueError(f"weights: {model} has no folder linfusion, and {error}") from error
+        raise ValueError(f"weights: {model} has no student in its folder, and {error}") from error
 
 
-def student_of(model: str) -> str | None:
-    """The folder `linfusion` in a local pipeline's folder, where its student is kept."""
-    folder = Path(zoo.resolve(model)).expanduser() / "linfusion"
-    return str(folder) if folder.is_dir() else None
+def student_of(model: str, weights: str | None) -> str | None:
+    """What was given, or the student of that name in a local pipeline's folder, or its first."""
+    folder = Path(zoo.resolve(model)).expanduser()
+    students = zoo.students(folder) if folder.is_dir() else {}
+    if weights is not None:
+        return str(students.get(weights, weights))
+    return str(next(iter(students.values()))) if students else None
 
 
 def size_in_pixels(
@@ -188,7 +194,9 @@ def size_in_pixels(
 ) -> tuple[int, int]:
     """(height, width) that the pipeline will draw."""
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    own = denoiser.config.sample_size * pipe.vae_scale_factor
+    latents = denoiser.config.get("sample_size")
+    # FLUX does not say what its transformer was made for; its VAE was made for the same.
+    own = pipe.vae.config.sample_size if latents is None else latents * pipe.vae_scale_factor
     return height or own, width or own
 
 

@@ -15,7 +15,7 @@ def summary(
         str, Argument(help="Pipeline: a folder, a hub name, or zoo:<name>.")
     ] = load.DEFAULT_MODEL,
     weights: load.WeightsOption = None,
-    method: load.MethodOption = "linfusion",
+    method: load.MethodOption = None,
     layers: load.LayersOption = None,
     dtype: load.DtypeOption = "auto",
     variant: load.VariantOption = None,
@@ -35,7 +35,7 @@ def summary(
         pipe = load.load_pipeline(
             model, dtype=dtype, variant=variant, revision=revision, token=token, device_map="cpu"
         )
-        weights = weights or load.student_of(model)
+        weights = load.student_of(model, weights)
         if weights or layers:
             linfusion.linearize(pipe, method, weights=weights, layers=layers)
         found = linfusion.summary(pipe)

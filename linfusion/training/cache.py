@@ -24,8 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from linfusion.pipelines.arguments import text_length
 from linfusion.training.config import TrainConfig
 from linfusion.training.data import Example, digest, fit, read_prompts, rgb
+from linfusion.training.teachers import Teacher
 
 Size = tuple[int, int]
 ROWS = 512  # of a file
@@ -204,26 +206,20 @@ def picture_latents(
 
 def teacher_latents(
     config: TrainConfig,
-    pipe: DiffusionPipeline,
+    teacher: Teacher,
     prompts: Sequence[str],
     by_size: dict[Size, list[Item]],
 ) -> dict[Size, Rows]:
     """Latents of pictures that the teacher draws: {"mean", "time_ids"}; picture i from seed + i."""
+    pipe = teacher.pipe
     modules = [
         m for m in pipe.components.values() if isinstance(m, nn.Module) and m is not pipe.vae
     ]
     key = module_digest(*modules)
 
     def draw(items: Sequence[Item], size: Size) -> dict[str, Tensor]:
-        latents = pipe(
-            [prompts[i.example] for i in items],
-            height=size[0],
-            width=size[1],
-            num_inference_steps=config.teacher_steps,
-            guidance_scale=config.teacher_guidance_scale,
-            generator=[torch.Generator().manual_seed(config.seed + i.example) for i in items],
-            output_type="latent",
-        ).images
+        generators = [torch.Generator().manual_seed(config.seed + i.example) for i in items]
+        latents = teacher.latents([prompts[i.example] for i in items], size, config, generators)
         ids = torch.tensor([[*size, 0, 0, *size]] * len(items), dtype=torch.float32)
         return {"mean": latents.half().cpu(), "time_ids": ids}
 
@@ -245,31 +241,28 @@ def teacher_latents(
 
 
 def text_states(
-    config: TrainConfig, pipe: DiffusionPipeline, captions: Sequence[str]
+    config: TrainConfig, teacher: Teacher, captions: Sequence[str]
 ) -> tuple[Rows, dict[str, int]]:
     """Text states of each distinct caption and of the empty one, and the row of each.
 
-    Rows are {"states": [L, D]} and, for SDXL, {"pooled": [D']}, in the encoder's dtype.
+    Rows are what `Teacher.text_states` gives, in the encoder's dtype.
     """
     distinct = sorted({"", *captions})
-    encoders = [getattr(pipe, n, None) for n in ("text_encoder", "text_encoder_2")]
-    tokenizers = [getattr(pipe, n, None) for n in ("tokenizer", "tokenizer_2")]
-    ids = [t(distinct, truncation=True).input_ids for t in tokenizers if t is not None]
-    key = module_digest(*(e for e in encoders if e is not None))
+    parts = {
+        kind: [getattr(teacher.pipe, kind + end, None) for end in ("", "_2", "_3")]
+        for kind in ("tokenizer", "text_encoder")
+    }
+    ids = [t(distinct, truncation=True).input_ids for t in parts["tokenizer"] if t is not None]
+    key = module_digest(*(e for e in parts["text_encoder"] if e is not None))
 
     def encode(rows: range) -> dict[str, Tensor]:
         with torch.no_grad():
-            found = pipe.encode_prompt(
-                [distinct[r] for r in rows],
-                device=pipe.text_encoder.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=False,
-            )
-        states = {"states": found[0]} | ({"pooled": found[2]} if len(found) == 4 else {})
+            states = teacher.text_states([distinct[r] for r in rows])
         return {name: t.cpu() for name, t in states.items()}
 
+    content = f"{key}|{ids}|{distinct}|{text_length(teacher.pipe)}"
     rows = cached_rows(
-        config.cache_path / f"text-{digest(f'{key}|{ids}|{distinct}')}",
+        config.cache_path / f"text-{digest(content)}",
         len(distinct),
         encode,
         batch_size=config.vae_encode_batch_size,
@@ -285,20 +278,19 @@ class TrainingSet:
 
     Args:
         config: source, sizes, seed, batch size.
-        pipe: the teacher, before it has a student; it encodes what the cache lacks.
+        teacher: before it has a student; it encodes what the cache lacks.
         processes: how many processes share a batch number.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        pipe: DiffusionPipeline,
+        teacher: Teacher,
         examples: Sequence[Example] | None,
         *,
         processes: int = 1,
     ) -> None:
-        multiple = pipe.vae_scale_factor
-        levels = plan_sizes(config, multiple)
+        levels = plan_sizes(config, teacher.multiple)
         if examples is None:
             assert config.train_prompts is not None  # the only source without examples
             prompts = read_prompts(config.train_prompts)
@@ -318,10 +310,10 @@ class TrainingSet:
             by_size.setdefault((item.height, item.width), []).append(item)
 
         if examples is None:
-            self._latents = teacher_latents(config, pipe, captions, by_size)
+            self._latents = teacher_latents(config, teacher, captions, by_size)
         else:
-            self._latents = picture_latents(config, pipe, examples, by_size)
-        self._text, row = text_states(config, pipe, captions)
+            self._latents = picture_latents(config, teacher.pipe, examples, by_size)
+        self._text, row = text_states(config, teacher, captions)
         self._text_row = {
             size: [row[captions[item.example]] for item in items] for size, items in by_size.items()
         }

@@ -1,10 +1,22 @@
 """The arguments of a distillation run, named as in diffusers' train_text_to_image.py."""
 
+from __future__ import annotations
+
 import tempfile
-from dataclasses import dataclass
+import tomllib
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 SOURCES = ("train_data_dir", "dataset_name", "train_shards_path_or_url", "train_prompts")
+# Arguments that one method alone has.
+METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
+    "linfusion": ("projection_mid_dim",),
+    "clear": ("radius", "down_factor"),
+    "lit": ("heads", "conv"),
+}
+_RECIPES = Path(__file__).parent / "recipes"
+_OF_LIT = (*METHOD_OPTIONS["lit"], "teacher_model_name_or_path", "kd_variance_weight")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -18,9 +30,22 @@ class TrainConfig:
     Attributes:
         pretrained_model_name_or_path: folder or hub name of the teacher pipeline, or "zoo:emoji".
         revision, variant: passed to `from_pretrained`.
+        method: of `linfusion.linearize`: "linfusion" for UNets, "clear" for FLUX and Stable
+            Diffusion 3, "lit" for DiT and PixArt.
         weights: student weights to start from; None starts from the teacher's own.
         train_projections: also train to_q, to_k, to_v, to_out of each replaced layer.
-        projection_mid_dim: hidden width of the feature maps; None is the layer's own width.
+        projection_mid_dim: of "linfusion": hidden width of the feature maps; None is the layer's
+            own width.
+        radius: of "clear": tokens nearer than this see one another; None is 8.
+        down_factor: of "clear": above 1 adds the whole picture, averaged over so many tokens a
+            side.
+        heads: of "lit": heads of its linear attention; None is 2.
+        conv: of "lit": its convolution; None is "value_shared".
+        inherit: of "lit": what the student takes over, as `linfusion.inherit`.
+        teacher_model_name_or_path: of "lit": a pipeline whose transformer teaches; None is the one
+            that the student starts from.
+        kd_variance_weight: of "lit": weight of the teacher's variance head; None is 0.
+        log_variance: of "lit": compare log σ² instead of the raw head.
         train_data_dir: image folder; captions in metadata.jsonl, metadata.csv or a .txt beside.
         dataset_name, dataset_config_name: a `datasets` set (hub name or folder), its train split.
         image_column, caption_column: their names in metadata files and `datasets` sets.
@@ -39,6 +64,9 @@ class TrainConfig:
         vae_encode_batch_size: pictures or captions encoded at a time.
         proportion_empty_prompts: share of examples whose caption is dropped, in [0, 1].
         kd_weight, feature_weight: weights of L_kd and L_feat.
+        feature_layers: layers that L_feat compares, as `linfusion.linearize` selects them; none
+            given takes all of a UNet, every fourth single block of FLUX.
+        guidance_embedding: the guidance that a model with an embedding of it is told.
         output_dir: gets the student's weights, checkpoints, samples and logs.
         seed: of every random draw.
         train_batch_size: examples per process and micro-step.
@@ -61,9 +89,18 @@ class TrainConfig:
     pretrained_model_name_or_path: str = "zoo:emoji"
     revision: str | None = None
     variant: str | None = None
+    method: str = "linfusion"
     weights: str | None = None
     train_projections: bool = True
     projection_mid_dim: int | None = None
+    radius: float | None = None
+    down_factor: int | None = None
+    heads: int | None = None
+    conv: str | None = None
+    inherit: str = "lit"
+    teacher_model_name_or_path: str | None = None
+    kd_variance_weight: float | None = None
+    log_variance: bool = False
 
     train_data_dir: str | None = None
     dataset_name: str | None = None
@@ -89,6 +126,8 @@ class TrainConfig:
 
     kd_weight: float = 0.5
     feature_weight: float = 0.5
+    feature_layers: tuple[str, ...] = ()
+    guidance_embedding: float = 3.5
 
     output_dir: str = "linfusion-distilled"
     seed: int = 0
@@ -119,9 +158,23 @@ class TrainConfig:
     report_to: str | None = None
     logging_steps: int = 50
 
+    @classmethod
+    def from_recipe(cls, recipe: str | Path, **changes: Any) -> TrainConfig:
+        """The arguments of a published run, and what of them is to be otherwise.
+
+        Args:
+            recipe: one of `recipes()`, or a .toml file of arguments.
+            **changes: arguments that win over the recipe's; it never has a source of pictures.
+
+        Raises:
+            ValueError: no such recipe, an argument there is not, or as for the arguments.
+        """
+        return cls(**{**read_recipe(recipe), **changes})
+
     def __post_init__(self) -> None:
         self.extra_resolutions = tuple(self.extra_resolutions)
         self.validation_prompts = tuple(self.validation_prompts)
+        self.feature_layers = tuple(self.feature_layers)
         self._check_choices()
         self._check_numbers()
         self._check_source()
@@ -131,6 +184,7 @@ class TrainConfig:
 
         schedules = [s.value for s in SchedulerType if s.value != "piecewise_constant"]
         for name, accepted in (
+            ("method", tuple(METHOD_OPTIONS)),
             ("mixed_precision", ("no", "fp16", "bf16")),
             ("image_interpolation_mode", INTERPOLATIONS),
             ("lr_scheduler", schedules),
@@ -140,6 +194,10 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}: got {given!r}, accepted are {', '.join(map(str, accepted))}"
                 )
+        for method, names in {**METHOD_OPTIONS, "lit": _OF_LIT}.items():
+            for name in names:
+                if method != self.method and getattr(self, name) is not None:
+                    raise ValueError(f"{name}: given, but only method {method!r} has it")
 
     def _check_numbers(self) -> None:
         at_least = dict.fromkeys(
@@ -149,7 +207,8 @@ class TrainConfig:
             1,
         ) | dict.fromkeys(
             ("lr_warmup_steps", "checkpointing_steps", "validation_steps", "kd_weight",
-             "feature_weight", "adam_weight_decay", "learning_rate"),
+             "feature_weight", "kd_variance_weight", "guidance_embedding", "adam_weight_decay",
+             "learning_rate"),
             0,
         )  # fmt: skip
         for name, least in at_least.items():
@@ -179,9 +238,39 @@ class TrainConfig:
             raise ValueError("validation_prompts: none given, but validation_steps is on")
 
     @property
+    def method_options(self) -> dict[str, Any]:
+        """Options of `linfusion.linearize`, but for those that the weights to start from say."""
+        names = () if self.weights is not None else METHOD_OPTIONS[self.method]
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def cache_path(self) -> Path:
         """Folder of the cached latents and text states."""
         return Path(self.cache_dir) if self.cache_dir else Path(self.output_dir) / "cache"
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(file.stem for file in _RECIPES.glob("*.toml"))
+
+
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """The arguments in a recipe, by name.
+
+    Raises:
+        ValueError: no such recipe, no TOML, or an argument there is not.
+    """
+    file = Path(recipe) if str(recipe).endswith(".toml") else _RECIPES / f"{recipe}.toml"
+    if not file.is_file():
+        raise ValueError(f"recipe: {str(recipe)!r} is no .toml file and none of {recipes()}")
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe: {file} is no TOML ({error})") from error
+    known = {field.name for field in fields(TrainConfig)}
+    if unknown := sorted(set(found) - known):
+        raise ValueError(f"recipe: {file} has {unknown[0]}, which is no argument of TrainConfig")
+    return found
 
 
 def writable_folder(argument: str, folder: str | Path) -> Path:

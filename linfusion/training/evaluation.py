@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import linfusion
+from linfusion.pipelines.arguments import draw_arguments, pixel_multiple
 from linfusion.training.config import writable_folder
 from linfusion.training.data import Example, fit, image_folder
 from linfusion.training.features import random_features
@@ -85,9 +86,9 @@ def evaluate(
         raise ValueError(f"images: got {len(examples)} pictures, accepted is 2 or more")
     pipe = load_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
     for size in sizes:
-        if size < 11 or size % pipe.vae_scale_factor:
+        if size < 11 or size % pixel_multiple(pipe):
             raise ValueError(
-                f"sizes: got {size}, accepted are multiples of {pipe.vae_scale_factor} from 11 on"
+                f"sizes: got {size}, accepted are multiples of {pixel_multiple(pipe)} from 11 on"
             )
     sheets = None if output_dir is None else writable_folder("output_dir", output_dir)
     pairs = None
@@ -110,7 +111,7 @@ def evaluate(
             label=label,
         )
 
-    linfusion.linearize(pipe, "linfusion", weights=weights)  # an unfit student is found out first
+    linfusion.linearize(pipe, weights=weights)  # an unfit student is found out first
     try:
         student = {size: pictures(size, "student") for size in sizes}
     finally:
@@ -159,10 +160,10 @@ def _draw(
         parts.append(
             pipe(
                 batch,
+                **draw_arguments(pipe, len(batch), guidance_scale=guidance_scale),
                 height=size,
                 width=size,
                 num_inference_steps=steps,
-                guidance_scale=guidance_scale,
                 generator=generators,
                 output_type="pt",
             ).images.float()

@@ -18,6 +18,7 @@ _BATCH = 16  # crops through the extractor at a time
 _ROWS = 64  # rows read at a time when reducing, and reduced rows compared at a time
 _REACH = 2  # rows on either side that a border is compared with
 _CONTROLS = 4  # and as many rows of its phase on either side, compared with their neighbours
+_FLAT = 1e-3  # gradient energy of a flat row
 _SIDE = 256  # pixels of the longer side at which repetitions are sought
 
 
@@ -154,19 +155,20 @@ def seam_score(
     """Gradient energy across borders over that of their surroundings; 1.0 is no seam.
 
     e(y) is the mean squared difference of rows y − 1 and y, over columns and colours, ē(y) the mean
-    of e(y − 2), e(y − 1), e(y + 1), e(y + 2), and
+    of e(y − 2), e(y − 1), e(y + 1), e(y + 2), r(y) = ln((e(y) + δ) / (ē(y) + δ)), and
 
-    score = [Σ_b e(b) / Σ_b ē(b)] / [Σ_c e(c) / Σ_c ē(c)]
+    score = exp(mean_b r(b) − mean_c r(c))
 
     with b the borders and c the rows of their phase that no border is near, up to four on either
     side of each: b ± k·period. Neighbouring rows share their detail, so ē takes away what the
     picture does at that place, and being symmetric also a slope of it. A decoder that upsamples by
     8 has a gradient energy of period 8 without any seam; the rows c take that away.
 
-    Sums come before the ratios: the score is that of all borders together, and flat stretches
-    count for what they are. Without a seam it scatters by about
-    2 / √samples around 1, samples being pixels times colours of all borders: half a per cent at six
-    borders of 8,192 px.
+    Every border counts alike: one that meets an edge of the picture has a hundred times the energy
+    of the others, and would be the score if energies were summed. δ is the energy of one grey level
+    in one of a thousand values, below which a row is flat. Without a seam the score scatters around
+    1 by the deviation of r over the root of the number of borders: about 0.5 % at 700 borders of a
+    picture of 16,384 px, 1.5 % at 50.
 
     Args:
         picture: uint8 [H, W, 3].
@@ -175,8 +177,7 @@ def seam_score(
         period: pixels of the decoder's grid.
 
     Returns:
-        The score; 1.0 where nothing changes across borders or anywhere near, infinite where only
-        the borders do.
+        The score; 1.0 where nothing changes across borders or anywhere near.
 
     Raises:
         ValueError: what is no picture, borders at the edge or nearer than 3 px to each other, or
@@ -205,13 +206,11 @@ def seam_score(
             f"borders: there is no row between them at a multiple of {period} px from one; "
             "accepted are borders farther apart"
         )
-    sums = np.zeros((2, 2))  # border | control, at the row | around it
-    for kind, rows in enumerate((sites, np.concatenate(controls))):
-        for row in rows:
-            sums[kind] += _energy(lines[row - first : row + first])
-    (at, near), (control_at, control_near) = sums
-    phase = control_at / control_near if control_at and control_near else 1.0
-    return float(at / near / phase) if near else float("inf") if at else 1.0
+    ratios = [
+        np.mean([_log_ratio(lines[row - first : row + first]) for row in rows])
+        for rows in (sites, np.concatenate(controls))
+    ]
+    return float(np.exp(ratios[0] - ratios[1]))
 
 
 def repetition_score(picture: np.ndarray, base: np.ndarray | None = None) -> float:
@@ -320,11 +319,12 @@ def _free(rows: np.ndarray, borders: np.ndarray, first: int, last: int) -> np.nd
     return rows[np.abs(rows[:, None] - borders).min(1) > _REACH]
 
 
-def _energy(lines: np.ndarray) -> np.ndarray:
-    """[e, ē] of the middle of 2·(_REACH + 1) lines [·, L, 3]."""
+def _log_ratio(lines: np.ndarray) -> float:
+    """ln((e + δ) / (ē + δ)) of the middle of 2·(_REACH + 1) lines [·, L, 3]."""
     steps = np.diff(lines.astype(np.int16), axis=0)
     e = np.square(steps, dtype=np.float32).mean((1, 2), dtype=np.float64)
-    return np.array([e[_REACH], (e.sum() - e[_REACH]) / (2 * _REACH)])
+    around = (e.sum() - e[_REACH]) / (2 * _REACH)
+    return float(np.log((e[_REACH] + _FLAT) / (around + _FLAT)))
 
 
 def _self_similarity(picture: np.ndarray, side: int) -> float:

@@ -1,73 +1,90 @@
-"""Teacher and student in one UNet, and the three losses between them (LinFusion, section 3.4)."""
+"""Teacher and student in one model, and the three losses between them.
+
+LinFusion, section 3.4, and CLEAR, section 3.3, take the same three.
+"""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 import linfusion
-from linfusion.attention.base import self_attention
-from linfusion.attention.linfusion import NAME, LinFusionProcessor
-from linfusion.layers import RECORD
+from linfusion.attention import get_method
+from linfusion.layers import RECORD, candidates, select
 from linfusion.weights import save
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
 
 
 class Distillation:
-    """A UNet that is the student, and inside `teacher()` its own softmax teacher, bit for bit.
+    """A model that is the student, and inside `teacher()` its own softmax teacher, bit for bit.
 
-    The student's replaced layers hold their own projections and feature maps, in fp32, initialised
+    The student's replaced layers hold their own projections and learned parts, in fp32, initialised
     from the teacher; all other weights are shared and frozen. Switching swaps the processors and
     the projections of those layers and copies nothing.
 
     Args:
-        unet: the teacher. `close()` gives it back as it came.
+        model: the teacher. `close()` gives it back as it came.
+        method: of `linfusion.linearize`.
         weights: student weights to start from, as `linfusion.linearize` takes them; None starts
-            from the teacher's projections and feature maps that change nothing.
+            from the teacher's projections and a learned part that changes nothing.
         train_projections: also train to_q, to_k, to_v, to_out.
-        projection_mid_dim: hidden width of the feature maps; None is the layer's own width.
+        feature_layers: layers whose outputs are compared, as `linfusion.linearize` selects them;
+            None takes all that are replaced.
+        kd_weight, feature_weight: of L_kd and L_feat in the sum that is trained on.
+        **options: of the method.
 
     Raises:
-        ValueError: as `linfusion.linearize`; the UNet is then unchanged.
+        ValueError: as `linfusion.linearize`; the model is then unchanged.
     """
 
     def __init__(
         self,
-        unet: nn.Module,
+        model: nn.Module,
         *,
+        method: str = "linfusion",
         weights: str | Path | None = None,
         train_projections: bool = True,
-        projection_mid_dim: int | None = None,
+        feature_layers: Sequence[str] | None = None,
+        kd_weight: float = 0.5,
+        feature_weight: float = 0.5,
+        **options: Any,
     ) -> None:
-        candidates = self_attention(unet, processor=LinFusionProcessor)
-        softmax = {path: attn.processor for path, attn in candidates.items()}
-        base = {path: _projections(attn) for path, attn in candidates.items()}
-        if weights is None:
-            linfusion.linearize(unet, "linfusion", projection_mid_dim=projection_mid_dim)
-        else:  # loading overwrites the projections, so the teacher needs its own
+        self._mechanism = get_method(method)
+        found = candidates(model, method)
+        features = list(found)
+        if feature_layers is not None:
+            features = select(features, feature_layers, "feature_layers")
+        softmax = {path: attn.processor for path, attn in found.items()}
+        base = {path: _projections(attn) for path, attn in found.items()}
+        if weights is not None:  # loading overwrites the projections, so the teacher needs its own
             base = copy.deepcopy(base)
-            linfusion.linearize(unet, "linfusion", weights=weights)
+        linfusion.linearize(model, method, weights=weights, **options)
+        self._record = model.__dict__[RECORD]
+        if feature_layers is None:
+            features = list(self._record.layers)
+        elif left := [path for path in features if path not in self._record.layers]:
+            linfusion.restore(model)
+            raise ValueError(f"feature_layers: the student of {weights} does not replace {left}")
 
-        self.unet = unet
+        self.model = model
         # While it is laid aside nothing warns of a fresh student, or of softmax in the teacher.
-        self._record = unet.__dict__.pop(RECORD)
-        self.layers = {path: attn for path, attn in candidates.items() if hasattr(attn, NAME)}
+        del model.__dict__[RECORD]
+        self.layers = {path: found[path] for path in self._record.layers}
         self._trains_projections = train_projections
-        self._was_training = unet.training
-        self._frozen = [p for p in unet.parameters() if p.requires_grad]
-        unet.requires_grad_(False).eval()
+        self._was_training = model.training
+        self._frozen = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False).eval()
         self._own = {path: _projections(attn) for path, attn in self.layers.items()}
         self._teacher = {path: (softmax[path], base[path]) for path in self.layers}
         self._student = {}
         for path, attn in self.layers.items():
-            getattr(attn, NAME).requires_grad_(True).float()
+            getattr(attn, self._mechanism.name).requires_grad_(True).float()
             projections = self._own[path]
             if train_projections:
                 projections = copy.deepcopy(projections)
@@ -76,21 +93,22 @@ class Distillation:
             self._student[path] = (attn.processor, projections)
         self._install(self._student)
 
+        self.weights = {"simple": 1.0, "kd": kd_weight, "feature": feature_weight}
         self._teaching = False
         self._taught: dict[str, Tensor] = {}
         self._feature_losses: dict[str, Tensor] = {}
         self._hooks = [
-            attn.register_forward_hook(self._feature_hook(path))
-            for path, attn in self.layers.items()
+            self.layers[path].register_forward_hook(self._feature_hook(path)) for path in features
         ]
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What the student learns, by path."""
-        return {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
-        """Inside, the UNet computes what it did before it had a student."""
+        """Inside, the model computes what it did before it had a student."""
+        self._mechanism.detach(self.model)
         self._install(self._teacher)
         self._teaching = True
         try:
@@ -98,30 +116,29 @@ class Distillation:
         finally:
             self._teaching = False
             self._install(self._student)
+            self._mechanism.attach(self.model, self._record.settings)
 
     def losses(
-        self, student: nn.Module, sample: Tensor, timesteps: Tensor, target: Tensor, **kwargs: Any
+        self, student: nn.Module, inputs: dict[str, Any], target: Tensor
     ) -> dict[str, Tensor]:
         """L_simple, L_kd and L_feat of one batch, each a mean of squares in fp32.
 
         L_simple = |s − target|², L_kd = |s − t|², L_feat = mean over layers of |a_s − a_t|², where
-        s, t are the outputs of student and teacher and a_s, a_t those of a replaced layer, each on
+        s, t are the outputs of student and teacher and a_s, a_t those of a compared layer, each on
         its own running input.
 
         Args:
-            student: what to call for the student: the UNet, or its wrapper for several processes.
-            sample: noisy latents [B, C, H, W].
-            timesteps: [B].
-            target: noise or velocity [B, C, H, W]; see `training_target`.
-            kwargs: encoder_hidden_states and whatever else the UNet takes.
+            student: what to call for the student: the model, or its wrapper for several processes.
+            inputs: arguments of the model's forward.
+            target: what it is to predict, of the shape of its output.
 
         Returns:
             {"simple", "kd", "feature"}, each a scalar.
         """
         with self.teacher(), torch.no_grad():
-            taught = self.unet(sample, timesteps, return_dict=False, **kwargs)[0]
+            taught = self.model(**inputs, return_dict=False)[0]
         self._feature_losses.clear()
-        guess = student(sample, timesteps, return_dict=False, **kwargs)[0]
+        guess = student(**inputs, return_dict=False)[0]
         return {
             "simple": F.mse_loss(guess.float(), target.float()),
             "kd": F.mse_loss(guess.float(), taught.float()),
@@ -130,25 +147,25 @@ class Distillation:
 
     def save(self, folder: str | Path) -> None:
         """Write the student's weights, as `linfusion.linearize(..., weights=folder)` takes them."""
-        setattr(self.unet, RECORD, self._record)
+        setattr(self.model, RECORD, self._record)
         try:
-            save(self.unet, folder, attention_weights=True if self._trains_projections else None)
+            save(self.model, folder, attention_weights=True if self._trains_projections else None)
         finally:
-            delattr(self.unet, RECORD)
+            delattr(self.model, RECORD)
 
     def close(self) -> None:
         """Take the student off: the UNet is the teacher again, with the weights it came with."""
-        setattr(self.unet, RECORD, self._record)
+        setattr(self.model, RECORD, self._record)
         for hook in self._hooks:
             hook.remove()
         self._taught.clear()
         self._feature_losses.clear()
         for path, attn in self.layers.items():
             attn._modules.update(self._own[path])
-        linfusion.restore(self.unet)
+        linfusion.restore(self.model)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self.unet.train(self._was_training)
+        self.model.train(self._was_training)
 
     def _install(self, parts: dict[str, tuple[Any, dict[str, nn.Module]]]) -> None:
         for path, (processor, projections) in parts.items():
@@ -158,40 +175,21 @@ class Distillation:
     def _feature_hook(self, path: str) -> Any:
         # The loss is taken in the hook, not from kept features, so that gradient checkpointing
         # recomputes it too and no layer's output outlives its block.
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._teaching:
-                self._taught[path] = output
+                self._taught[path] = _joined(output)
             elif torch.is_grad_enabled():
                 taught = self._taught[path].float()
-                self._feature_losses[path] = F.mse_loss(output.float(), taught)
+                self._feature_losses[path] = F.mse_loss(_joined(output).float(), taught)
 
         return hook
 
 
-def noise_scheduler(scheduler: Any) -> DDPMScheduler:
-    """The forward process of a pipeline's scheduler.
-
-    Raises:
-        ValueError: a prediction type other than epsilon and v_prediction.
-    """
-    given = scheduler.config.get("prediction_type", "epsilon")
-    if given not in ("epsilon", "v_prediction"):
-        raise ValueError(
-            f"prediction_type: the scheduler has {given!r}, accepted are epsilon, v_prediction"
-        )
-    # diffusers drops what a config lists there, even if it was changed since.
-    config = {k: v for k, v in scheduler.config.items() if k != "_use_default_values"}
-    return DDPMScheduler.from_config(config)
-
-
-def training_target(
-    scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor
-) -> Tensor:
-    """What the UNet is to predict: ε, or v = √ᾱ ε − √(1−ᾱ) x₀."""
-    if scheduler.config.prediction_type == "epsilon":
-        return noise
-    return scheduler.get_velocity(latents, noise, timesteps)
+def _joined(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """What a layer returns: tokens [B, N, C], or those of the picture and of the text."""
+    return output if isinstance(output, Tensor) else torch.cat(output, 1)
 
 
 def _projections(attn: nn.Module) -> dict[str, nn.Module]:
-    return {name: getattr(attn, name) for name in PROJECTIONS}
+    found = {name: getattr(attn, name, None) for name in PROJECTIONS}
+    return {name: module for name, module in found.items() if module is not None}

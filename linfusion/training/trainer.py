@@ -1,4 +1,6 @@
-"""Distil the linear student of a pipeline from its softmax teacher (Liu et al. 2024, LinFusion).
+"""Distil the linear student of a pipeline from its softmax teacher.
+
+After Liu et al. 2024 (LinFusion), and for FLUX and Stable Diffusion 3 Liu et al. 2024 (CLEAR).
 
 Everything random in a step is drawn from a generator seeded by (seed, process, number of the
 micro-step), and the order of the data is a function of the seed: a run that was killed continues
@@ -20,13 +22,12 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 import linfusion
 from linfusion import zoo
-from linfusion.layers import MARKER
+from linfusion.layers import MARKER, candidates, select
 from linfusion.training.cache import TrainingSet, plan_sizes
 from linfusion.training.checkpoints import (
     checkpoint_to_resume,
@@ -46,8 +47,12 @@ from linfusion.training.data import (
     webdataset_shards,
 )
 from linfusion.training.grids import side_by_side
-from linfusion.training.objective import Distillation, noise_scheduler, training_target
+from linfusion.training.objective import Distillation
+from linfusion.training.teachers import FlowTeacher, NoiseTeacher, Teacher
+from linfusion.training.variance import ClassTeacher, PixArtTeacher, VarianceTeacher
+from linfusion.training.whole import WholeStudent
 
+Pair = Distillation | WholeStudent
 FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -57,7 +62,7 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
     Args:
         config: what to do; see `TrainConfig`.
         pipeline: the teacher, if it is in memory already; otherwise it is loaded from
-            `config.pretrained_model_name_or_path`. Its UNet is given back as it came.
+            `config.pretrained_model_name_or_path`. Its denoiser is given back as it came.
 
     Returns:
         `config.output_dir`, which holds the student's weights (of the moving average, if there is
@@ -77,13 +82,49 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
             config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant
         )
         # The frozen weights of our own copy need no fp32; the VAE does, SDXL's overflows in fp16.
-        if getattr(pipe, "unet", None) is not None:
-            pipe.unet.to(FROZEN_DTYPES[config.mixed_precision])
-    _check_pipeline(config, pipe)
-    scheduler = noise_scheduler(pipe.scheduler)
+        for name in ("unet", "transformer"):
+            if getattr(pipe, name, None) is not None:
+                getattr(pipe, name).to(FROZEN_DTYPES[config.mixed_precision])
+    teacher = teacher_of(pipe, config)
+    _check_student(config, teacher)
 
     out = writable_folder("output_dir", config.output_dir)
     writable_folder("cache_dir", config.cache_path)
+    with _accelerator(config, out) as accelerator:
+        set_seed(config.seed)
+        torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+        if accelerator.is_main_process:
+            remove_leftovers(out)
+            (out / "train_config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+
+        pipe.to(accelerator.device)
+        with accelerator.main_process_first():
+            data = TrainingSet(config, teacher, examples, processes=accelerator.num_processes)
+        if not config.validation_steps:  # nothing is encoded or decoded from here on
+            for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+                if getattr(pipe, name, None) is not None and accelerator.device.type != "cpu":
+                    getattr(pipe, name).to("cpu")
+
+        pair = _pair(config, teacher)
+        checkpointing = teacher.model.is_gradient_checkpointing
+        try:
+            if config.gradient_checkpointing:
+                teacher.model.enable_gradient_checkpointing()
+            _train(config, accelerator, teacher, pair, data, resume)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                pair.save(out)
+        finally:
+            if config.gradient_checkpointing and not checkpointing:
+                teacher.model.disable_gradient_checkpointing()
+            teacher.model = accelerator.unwrap_model(teacher.model, keep_fp32_wrapper=False)
+            pair.close()
+    return out
+
+
+@contextmanager
+def _accelerator(config: TrainConfig, out: Path) -> Iterator[Accelerator]:
+    """One for this run; the next run of the process may want another precision."""
     first = not AcceleratorState._shared_state
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -91,44 +132,13 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
         log_with=config.report_to,
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / "logs")),
     )
-    set_seed(config.seed)
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    if accelerator.is_main_process:
-        remove_leftovers(out)
-        (out / "train_config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-
-    pipe.to(accelerator.device)
-    with accelerator.main_process_first():
-        data = TrainingSet(config, pipe, examples, processes=accelerator.num_processes)
-    if not config.validation_steps:  # nothing is encoded or decoded from here on
-        for name in ("vae", "text_encoder", "text_encoder_2"):
-            if getattr(pipe, name, None) is not None and accelerator.device.type != "cpu":
-                getattr(pipe, name).to("cpu")
-
-    pair = Distillation(
-        pipe.unet,
-        weights=config.weights,
-        train_projections=config.train_projections,
-        projection_mid_dim=config.projection_mid_dim,
-    )
-    checkpointing = pipe.unet.is_gradient_checkpointing
     try:
-        if config.gradient_checkpointing:
-            pipe.unet.enable_gradient_checkpointing()
-        _train(config, accelerator, pipe, pair, scheduler, data, resume)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            pair.save(out)
+        yield accelerator
     finally:
         accelerator.end_training()
-        if config.gradient_checkpointing and not checkpointing:
-            pipe.unet.disable_gradient_checkpointing()
-        pipe.unet = accelerator.unwrap_model(pipe.unet, keep_fp32_wrapper=False)
-        pair.close()
         accelerator.free_memory()
-        if first:  # the next run of this process may want another precision
+        if first:
             AcceleratorState._reset_state()
-    return out
 
 
 def load_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
@@ -164,31 +174,85 @@ def load_examples(config: TrainConfig) -> list[Example] | None:
     return None
 
 
-def _check_pipeline(config: TrainConfig, pipe: DiffusionPipeline) -> None:
+def teacher_of(pipe: DiffusionPipeline, config: TrainConfig) -> Teacher:
+    """The kind of teacher a pipeline is.
+
+    Raises:
+        ValueError: none that is known.
+    """
+    if getattr(pipe, "unet", None) is not None:
+        return NoiseTeacher(pipe)
+    kinds = {kind.__name__ for kind in type(getattr(pipe, "transformer", None)).__mro__}
+    if kinds & {"FluxTransformer2DModel", "SD3Transformer2DModel"}:
+        return FlowTeacher(pipe, config.guidance_embedding)
+    if "DiTTransformer2DModel" in kinds:
+        return ClassTeacher(pipe)
+    if "PixArtTransformer2DModel" in kinds:
+        return PixArtTeacher(pipe)
+    raise ValueError(
+        f"pretrained_model_name_or_path: {type(pipe).__name__} has neither a unet nor a transformer"
+        " of FLUX, Stable Diffusion 3, DiT or PixArt, the models that are distilled"
+    )
+
+
+def _check_student(config: TrainConfig, teacher: Teacher) -> None:
     """Refuse what this pipeline cannot do now, not after hours of filling the cache."""
-    if getattr(pipe, "unet", None) is None:
+    levels = plan_sizes(config, teacher.multiple)
+    oblong = [f"{h}x{w}" for level in levels for h, w in level if h != w]
+    if oblong and teacher.squares_only:
         raise ValueError(
-            f"pretrained_model_name_or_path: {type(pipe).__name__} has no unet, the only kind of "
-            "model that is distilled"
+            f"aspect_ratio_buckets: got {oblong[0]}; {type(teacher.model).__name__} draws squares"
+            " alone"
         )
-    plan_sizes(config, pipe.vae_scale_factor)
+    paths = list(candidates(teacher.model, config.method))
+    if config.feature_layers:
+        select(paths, config.feature_layers, "feature_layers")
+    if config.method == "lit":
+        _pair(config, teacher).close()
     # A student that was saved inside its model is not tried on: restore would forget that it is.
-    if config.weights is not None or MARKER not in pipe.unet.config:
+    elif config.weights is not None or MARKER not in teacher.model.config:
         linfusion.linearize(
-            pipe.unet,
-            "linfusion",
-            weights=config.weights,
-            projection_mid_dim=config.projection_mid_dim,
+            teacher.model, config.method, weights=config.weights, **config.method_options
         )
-        linfusion.restore(pipe.unet)
+        linfusion.restore(teacher.model)
+
+
+def _pair(config: TrainConfig, teacher: Teacher) -> Pair:
+    """Student and teacher of a run, as their method wants them."""
+    if isinstance(teacher, VarianceTeacher):
+        other = None
+        if config.teacher_model_name_or_path is not None:
+            other = load_pipeline(config.teacher_model_name_or_path).transformer
+            other.to(teacher.model.device, FROZEN_DTYPES[config.mixed_precision])
+        return WholeStudent(
+            teacher,
+            policy=config.inherit,
+            weights=config.weights,
+            teacher=other,
+            kd_weight=config.kd_weight,
+            kd_variance_weight=config.kd_variance_weight or 0.0,
+            log_variance=config.log_variance,
+            seed=config.seed,
+            **config.method_options,
+        )
+    paths = list(candidates(teacher.model, config.method))
+    return Distillation(
+        teacher.model,
+        method=config.method,
+        weights=config.weights,
+        train_projections=config.train_projections,
+        feature_layers=config.feature_layers or teacher.feature_layers(paths),
+        kd_weight=config.kd_weight,
+        feature_weight=config.feature_weight,
+        **config.method_options,
+    )
 
 
 def _train(
     config: TrainConfig,
     accelerator: Accelerator,
-    pipe: DiffusionPipeline,
-    pair: Distillation,
-    scheduler: Any,
+    teacher: Teacher,
+    pair: Pair,
     data: TrainingSet,
     resume: Path | None,
 ) -> None:
@@ -214,7 +278,7 @@ def _train(
         num_warmup_steps=config.lr_warmup_steps * accelerator.num_processes,
         num_training_steps=steps * accelerator.num_processes,
     )
-    student, optimizer, schedule = accelerator.prepare(pair.unet, optimizer, schedule)
+    student, optimizer, schedule = accelerator.prepare(pair.model, optimizer, schedule)
     ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
     save_only_what_is_learned(accelerator, names, parameters, ema)
     if config.report_to is not None:
@@ -231,7 +295,7 @@ def _train(
     for step in range(done, steps):
         for micro in range(step * accumulation, (step + 1) * accumulation):
             with accelerator.accumulate(student):
-                losses = _losses(config, accelerator, pair, student, scheduler, data, micro)
+                losses = _losses(config, accelerator, teacher, pair, student, data, micro)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -257,7 +321,7 @@ def _train(
         if config.validation_steps and now % config.validation_steps == 0:
             if accelerator.is_main_process:
                 with _averaged(ema, parameters):
-                    _save_grid(config, pipe, pair, now)
+                    _save_grid(config, teacher, pair, now)
             accelerator.wait_for_everyone()
     bar.close()
     if ema is not None:
@@ -267,9 +331,9 @@ def _train(
 def _losses(
     config: TrainConfig,
     accelerator: Accelerator,
-    pair: Distillation,
+    teacher: Teacher,
+    pair: Pair,
     student: torch.nn.Module,
-    scheduler: Any,
     data: TrainingSet,
     micro: int,
 ) -> dict[str, Tensor]:
@@ -277,30 +341,26 @@ def _losses(
     draws = digest(f"{config.seed}/{accelerator.process_index}/{micro}")
     generator = torch.Generator().manual_seed(int(draws[:8], 16))
     batch = data.batch(micro, accelerator.process_index, generator)
-    latents = batch["latents"]
-    noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(
-        scheduler.config.num_train_timesteps, (len(latents),), generator=generator
-    )
-    noisy = scheduler.add_noise(latents, noise, timesteps)
-    target = training_target(scheduler, latents, noise, timesteps)
-    device, dtype = accelerator.device, next(pair.unet.parameters()).dtype
-    conditioning: dict[str, Any] = {"encoder_hidden_states": batch["states"].to(device, dtype)}
-    if "pooled" in batch:
-        conditioning["added_cond_kwargs"] = {
-            "text_embeds": batch["pooled"].to(device, dtype),
-            "time_ids": batch["time_ids"].to(device),
-        }
+    inputs, target = teacher.example(batch, generator)
+    device, dtype = accelerator.device, next(pair.model.parameters()).dtype
     with accelerator.autocast():
-        losses = pair.losses(
-            student,
-            noisy.to(device, dtype),
-            timesteps.to(device),
-            target.to(device),
-            **conditioning,
-        )
-    loss = losses["simple"] + config.kd_weight * losses["kd"]
-    return {"loss": loss + config.feature_weight * losses["feature"]} | losses
+        losses = pair.losses(student, _moved(inputs, device, dtype), target.to(device))
+    weighted = [pair.weights[name] * value for name, value in losses.items()]
+    return {"loss": torch.stack(weighted).sum()} | losses
+
+
+def _moved(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of a denoiser where it runs; what counts or points keeps its own dtype."""
+    moved: dict[str, Any] = {}
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            moved[name] = _moved(value, device, dtype)
+        elif value is None:
+            moved[name] = None
+        else:
+            exact = name.endswith(("_ids", "timestep")) or not value.is_floating_point()
+            moved[name] = value.to(device, None if exact else dtype)
+    return moved
 
 
 @contextmanager
@@ -317,27 +377,13 @@ def _averaged(ema: EMAModel | None, parameters: tuple[torch.nn.Parameter, ...]) 
         ema.restore(parameters)
 
 
-def _save_grid(config: TrainConfig, pipe: DiffusionPipeline, pair: Distillation, step: int) -> None:
+def _save_grid(config: TrainConfig, teacher: Teacher, pair: Pair, step: int) -> None:
     """One row a prompt: teacher | student, from the same noise."""
-
-    def draw() -> list[Image.Image]:
-        return [
-            pipe(
-                prompt,
-                height=config.resolution,
-                width=config.resolution,
-                num_inference_steps=config.teacher_steps,
-                guidance_scale=config.teacher_guidance_scale,
-                generator=torch.Generator().manual_seed(config.seed),
-            ).images[0]
-            for prompt in config.validation_prompts
-        ]
-
     with pair.teacher():
-        teacher = draw()
+        left = teacher.pictures(config)
     folder = Path(config.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
-    side_by_side(teacher, draw()).save(folder / f"step-{step:07d}.png")
+    side_by_side(left, teacher.pictures(config)).save(folder / f"step-{step:07d}.png")
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:

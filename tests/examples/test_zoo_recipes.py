@@ -20,16 +20,8 @@ def script(monkeypatch):
     """Imports one of the scripts, which import each other by their bare names."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     yield importlib.import_module
-    for name in (
-        "data",
-        "text",
-        "loop",
-        "train_vae",
-        "train_unet",
-        "train_dit",
-        "classes",
-        "export",
-    ):
+    recipes = ("train_vae", "train_unet", "train_dit", "train_flux", "export")
+    for name in ("data", "text", "loop", "classes", *recipes):
         sys.modules.pop(name, None)
 
 
@@ -154,3 +146,44 @@ def test_training_goes_on_from_a_pipeline(script, monkeypatch, tmp_path):
         one, two = (load_file(tmp_path / x / "pipeline" / f"{part}.safetensors")
                     for x in ("first", "second"))  # fmt: skip
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_t5_tokenizer_splits_and_joins_any_text(script):
+    data, text = script("data"), script("text")
+    tokenizer = text.build_t5_tokenizer(c for i in data.pictures(PICTURES) for c in i.captions)
+    for prompt in ("a red apple", "purple zebra"):
+        ids = tokenizer(prompt).input_ids
+        assert ids[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True).strip() == prompt
+    padded = tokenizer("heart", padding="max_length").input_ids
+    assert len(padded) == text.T5_LENGTH and padded[-1] == tokenizer.pad_token_id
+
+
+def test_a_stopped_flow_training_goes_on_to_the_same_weights(script, monkeypatch, tmp_path):
+    train_vae, train_flux = script("train_vae"), script("train_flux")
+    train_vae.build().save_pretrained(tmp_path / "vae")
+    monkeypatch.setattr(train_flux, "PROMPTS", ["pizza"])
+    flags = ("--data", PICTURES, "--vae", tmp_path / "vae", "--size", 32, "--batch-size", 2)
+    flags += ("--steps", 2, "--checkpoint-every", 1)
+    run(train_flux, monkeypatch, *flags, "--output", tmp_path / "whole")
+    flags += ("--init", tmp_path / "whole" / "start", "--output", tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        stop_after_first_checkpoint(train_flux, patch)
+        with pytest.raises(StoppedError):
+            run(train_flux, patch, *flags)
+    run(train_flux, monkeypatch, *flags)
+    for part in ("transformer/diffusion_pytorch_model", "text_encoder_2/model"):
+        whole, stopped = (load_file(tmp_path / run / "pipeline" / f"{part}.safetensors")
+                          for run in ("whole", "stopped"))  # fmt: skip
+        assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_latents_of_the_flow_model_are_standardised_as_its_pipeline_undoes(script):
+    """FluxPipeline decodes latents / scaling_factor + shift_factor."""
+    train_vae, train_flux = script("train_vae"), script("train_flux")
+    vae = train_vae.build()
+    latents = 3 + 2 * torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    standard = train_flux.standardised(vae, latents)
+    assert abs(standard.mean()) < 1e-5 and abs(standard.std() - 1) < 1e-5
+    undone = standard / vae.config.scaling_factor + vae.config.shift_factor
+    torch.testing.assert_close(undone, latents)

@@ -18,6 +18,7 @@ from linfusion.training.data import (
     rgb,
     webdataset_shards,
 )
+from linfusion.training.teachers import NoiseTeacher
 from linfusion.training.trainer import load_examples
 from tests.tiny import tiny_image, tiny_sd_pipeline
 
@@ -230,7 +231,7 @@ def config(tmp_path, **changes):
 def training_set(tmp_path, n=6, **changes):
     settings = config(tmp_path, **changes)
     examples = image_folder(with_metadata(tmp_path / "pictures", n))
-    return cache.TrainingSet(settings, tiny_sd_pipeline(), examples)
+    return cache.TrainingSet(settings, NoiseTeacher(tiny_sd_pipeline()), examples)
 
 
 def draws(seed=0):
@@ -242,7 +243,9 @@ def test_what_is_cached_is_not_computed_again(tmp_path, monkeypatch):
     pipe = tiny_sd_pipeline()
     monkeypatch.setattr(pipe.vae, "encode", None)
     monkeypatch.setattr(pipe, "encode_prompt", None)
-    again = cache.TrainingSet(config(tmp_path), pipe, image_folder(tmp_path / "pictures"))
+    again = cache.TrainingSet(
+        config(tmp_path), NoiseTeacher(pipe), image_folder(tmp_path / "pictures")
+    )
     after = again.batch(0, 0, draws())
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -250,7 +253,9 @@ def test_what_is_cached_is_not_computed_again(tmp_path, monkeypatch):
 def test_another_picture_of_the_same_name_is_encoded_anew(tmp_path):
     training_set(tmp_path)
     tiny_image(77, 40).save(tmp_path / "pictures" / "0.png")
-    cache.TrainingSet(config(tmp_path), tiny_sd_pipeline(), image_folder(tmp_path / "pictures"))
+    cache.TrainingSet(
+        config(tmp_path), NoiseTeacher(tiny_sd_pipeline()), image_folder(tmp_path / "pictures")
+    )
     assert len(list((tmp_path / "out/cache").glob("latents-*"))) == 2
     assert len(list((tmp_path / "out/cache").glob("text-*"))) == 1
 
@@ -258,7 +263,9 @@ def test_another_picture_of_the_same_name_is_encoded_anew(tmp_path):
 def test_another_encoder_fills_another_cache(tmp_path):
     training_set(tmp_path)
     cache.TrainingSet(
-        config(tmp_path), tiny_sd_pipeline(seed=1), image_folder(tmp_path / "pictures")
+        config(tmp_path),
+        NoiseTeacher(tiny_sd_pipeline(seed=1)),
+        image_folder(tmp_path / "pictures"),
     )
     assert len(list((tmp_path / "out/cache").glob("*-*"))) == 4
 
@@ -294,7 +301,7 @@ def test_processes_share_a_batch(tmp_path):
     with_metadata(tmp_path / "pictures", 6)
     examples = image_folder(tmp_path / "pictures")
     settings = config(tmp_path, train_batch_size=3, proportion_empty_prompts=0.0)
-    data = cache.TrainingSet(settings, tiny_sd_pipeline(), examples, processes=2)
+    data = cache.TrainingSet(settings, NoiseTeacher(tiny_sd_pipeline()), examples, processes=2)
     states = torch.cat([data.batch(0, process, draws())["states"] for process in range(2)])
     assert data.batches_per_epoch == 1 and len(states.flatten(1).unique(dim=0)) == 6
 
@@ -340,7 +347,7 @@ def test_each_batch_is_of_one_bucket(tmp_path):
     settings = config(
         tmp_path, use_aspect_ratio_buckets=True, aspect_ratio_buckets="32,32;32,64;64,32"
     )
-    data = cache.TrainingSet(settings, tiny_sd_pipeline(), image_folder(folder))
+    data = cache.TrainingSet(settings, NoiseTeacher(tiny_sd_pipeline()), image_folder(folder))
     shapes = {tuple(data.batch(i, 0, draws())["latents"].shape) for i in range(2)}
     assert shapes == {(4, 4, 4, 4), (4, 4, 4, 8)}
 
@@ -361,7 +368,7 @@ def test_the_teacher_draws_the_pictures(tmp_path):
         output_dir=str(tmp_path / "out"),
     )
     pipe = tiny_sd_pipeline()
-    data = cache.TrainingSet(settings, pipe, None)
+    data = cache.TrainingSet(settings, NoiseTeacher(pipe), None)
     drawn = pipe(
         "a", height=32, width=32, num_inference_steps=2, output_type="latent",
         generator=torch.Generator().manual_seed(2),

@@ -1,4 +1,4 @@
-"""Teacher and student in one UNet, and their losses."""
+"""Teacher and student in one model, and their losses."""
 
 import copy
 
@@ -9,18 +9,14 @@ from diffusers import DDPMScheduler
 
 import linfusion
 from linfusion.training import Distillation
-from linfusion.training.objective import noise_scheduler, training_target
+from linfusion.training.teachers import noise_scheduler, training_target
 from tests.tiny import denoise, tiny_unet, tiny_xl_unet, unet_inputs
 
 
 def batch(unet, n=2):
     inputs = unet_inputs(unet, batch=n, seed=3)
-    return {
-        "sample": inputs.pop("sample"),
-        "timesteps": inputs.pop("timestep").expand(n),
-        "target": torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(4)),
-        **inputs,
-    }
+    target = torch.randn(n, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    return {**inputs, "timestep": inputs["timestep"].expand(n)}, target
 
 
 def disturb(pair):
@@ -78,10 +74,8 @@ def test_losses_are_those_of_the_paper():
     unet = tiny_unet()
     pair = Distillation(unet)
     disturb(pair)
-    inputs = batch(unet)
-    losses = pair.losses(unet, **inputs)
-    target = inputs.pop("target")
-    x, t = inputs.pop("sample"), inputs.pop("timesteps")
+    inputs, target = batch(unet)
+    losses = pair.losses(unet, inputs, target)
 
     def run():
         outputs = {}
@@ -90,7 +84,7 @@ def test_losses_are_those_of_the_paper():
             for name, layer in pair.layers.items()
         ]
         with torch.no_grad():
-            prediction = unet(x, t, **inputs).sample
+            prediction = unet(**inputs).sample
         for hook in hooks:
             hook.remove()
         return prediction, outputs
@@ -110,7 +104,7 @@ def test_each_loss_reaches_what_is_trained_and_nothing_else(loss):
     unet = tiny_unet()
     pair = Distillation(unet)
     disturb(pair)
-    pair.losses(unet, **batch(unet))[loss].backward()
+    pair.losses(unet, *batch(unet))[loss].backward()
     reached = {name for name, p in unet.named_parameters() if p.grad is not None}
     assert reached == set(pair.trained())
     assert all(p.grad is None for _, parts in pair._teacher.values()
@@ -123,7 +117,7 @@ def test_training_brings_the_student_to_its_teacher():
     optimizer = torch.optim.AdamW(pair.trained().values(), lr=5e-4)
     distances = []
     for _ in range(16):
-        losses = pair.losses(unet, **batch(unet))
+        losses = pair.losses(unet, *batch(unet))
         distances.append(losses["kd"].item())
         optimizer.zero_grad()
         (losses["kd"] + losses["feature"]).backward()
@@ -139,7 +133,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         disturb(pair)
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        losses = pair.losses(unet, **batch(unet))
+        losses = pair.losses(unet, *batch(unet))
         sum(losses.values()).backward()
         gradients.append({name: p.grad for name, p in pair.trained().items()})
     plain, checkpointed = gradients
@@ -154,9 +148,9 @@ def test_a_student_continues_from_saved_weights(tmp_path):
     unet = tiny_unet()
     before = denoise(unet)
     second = Distillation(unet, weights=tmp_path)
-    assert torch.equal(denoise(second.unet), denoise(first.unet))
+    assert torch.equal(denoise(second.model), denoise(first.model))
     with second.teacher():
-        assert torch.equal(denoise(second.unet), before)
+        assert torch.equal(denoise(second.model), before)
     second.close()
     assert torch.equal(denoise(unet), before)
 
@@ -165,9 +159,10 @@ def test_a_half_precision_base_has_a_student_in_fp32():
     unet = tiny_unet().bfloat16()
     pair = Distillation(unet)
     assert {p.dtype for p in pair.trained().values()} == {torch.float32}
-    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch(unet).items()}
+    inputs, target = batch(unet)
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.autocast("cpu", torch.bfloat16):
-        losses = pair.losses(unet, **inputs)
+        losses = pair.losses(unet, inputs, target.bfloat16())
     sum(losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in pair.trained().values())
     pair.close()

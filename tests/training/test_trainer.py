@@ -216,6 +216,19 @@ def test_sdxl_distils(tmp_path, precision):
     assert all(t.isfinite().all() for t in load_file(out / WEIGHTS).values())
 
 
+def test_a_run_that_failed_leaves_the_next_one_its_own_precision(tmp_path):
+    config = settings(tmp_path, max_train_steps=1)
+    broken = tmp_path / "pictures" / "0.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match="truncated"):
+        distill(config, pipeline=tiny_sd_pipeline())
+    broken.write_bytes(whole)
+    distill(
+        settings(tmp_path, max_train_steps=1, mixed_precision="bf16"), pipeline=tiny_sd_pipeline()
+    )
+
+
 def test_gradient_checkpointing_gives_the_same_student(tmp_path):
     plain = distill(settings(tmp_path), pipeline=tiny_sd_pipeline())
     pipe = tiny_sd_pipeline()
@@ -314,7 +327,7 @@ def test_a_pipeline_that_is_linear_already_is_refused_and_stays_so(tmp_path):
 def test_a_pipeline_without_a_unet_is_refused(tmp_path):
     pipe = tiny_sd_pipeline()
     pipe.unet = None
-    with pytest.raises(ValueError, match="StableDiffusionPipeline has no unet"):
+    with pytest.raises(ValueError, match="StableDiffusionPipeline has neither a unet"):
         distill(settings(tmp_path), pipeline=pipe)
 
 

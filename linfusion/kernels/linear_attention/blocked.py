@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from linfusion.kernels.linear_attention.common import RELU_EPS, accumulator
+from linfusion.kernels.pages import empty_output
 
 # Elements of a block: 2 MB in float32, near L2, and few enough calls. A short input is cut in SHARE
 # blocks, lest scratch outweigh the output, but not into less than SMALL bytes each, where calls
@@ -74,7 +75,7 @@ def read_forward(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """What queries [B, N, H, D] read from a state: [B, N, H, E] in `out_dtype`."""
-    o = torch.empty(*q.shape[:3], kv.shape[3], dtype=out_dtype, device=q.device)
+    o = empty_output((*q.shape[:3], kv.shape[3]), out_dtype, q.device)
     # Rounding both factors of the last product adds little to rounding o; S and z stay float32.
     narrow = out_dtype == torch.bfloat16 and q.device.type == "cpu" and BF16_PRODUCTS
     s = kv.to(out_dtype) if narrow else kv
@@ -200,7 +201,7 @@ def read_backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a read: dq as q, dkv as kv, dk_mean as k_mean."""
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dq = empty_output(q.shape, q.dtype, q.device)
     dkv, dk_mean = torch.zeros_like(kv), torch.zeros_like(k_mean)
     features, spare = _scratch(kv.dtype, q, do)
     for b, n in _blocks(q, do):
@@ -231,8 +232,8 @@ def state_backward(
     feature_map: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of a state: dk as k, dv as v."""
-    dk = torch.empty_like(k, memory_format=torch.contiguous_format)
-    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
+    dk = empty_output(k.shape, k.dtype, k.device)
+    dv = empty_output(v.shape, v.dtype, v.device)
     scale = _over(count)
     dkv = dkv * scale[:, None, None, None]
     dk_mean = dk_mean * scale[:, None, None]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from linfusion.kernels.pages import empty_output
 from linfusion.kernels.window_attention.blocks import (
     SCORES,
     Masks,
@@ -85,7 +86,7 @@ def attention_backward(
         return _dense(do, dlse, q, k, v, k_all, v_all, o, lse, bias, scale)
     dtype = accumulator(q)
     masks = Masks(grid, radius, shape, dtype, q.device)
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dq = empty_output(q.shape, q.dtype, q.device)
     # Halos overlap: gradients of keys are sums over tiles.
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     every = [x.to(dtype).transpose(1, 2).contiguous() for x in (k_all, v_all)]  # [B, H, T, D]
