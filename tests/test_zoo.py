@@ -11,7 +11,6 @@ from linfusion import zoo
 from linfusion.layers import model_of
 from linfusion.pipelines.arguments import draw_arguments
 
-
 # Of a teacher and all of its students.
 EVERY = [(name, student) for name in zoo.names() for student in zoo.students(zoo.path(name))]
 
