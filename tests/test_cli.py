@@ -168,7 +168,7 @@ WRONG = {
     ),
     "weights": ([PROMPT, "-w", "/nowhere"], "weights: cannot read /nowhere"),
     "softmax": ([PROMPT, "--softmax", "-w", "x"], "--softmax: takes no --weights and no --layers"),
-    "no prompt": ([], "Missing argument 'PROMPT...'"),
+    "no prompt": ([], "prompt: missing; say what to draw (--class for a model of classes)"),
     "flag": ([PROMPT, "--nope"], "No such option: --nope"),
     "dtype": ([PROMPT, "--dtype", "int8"], "Invalid value for '--dtype'"),
 }

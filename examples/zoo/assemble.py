@@ -17,9 +17,11 @@ from diffusers import DiffusionPipeline
 import linfusion
 from linfusion.lowrank import save_low_rank
 from linfusion.weights import LinFusion
+from linfusion.whole import load_whole
 
 ZOO = Path(__file__).parents[2] / "linfusion" / "zoo"
-LIMIT = 24_000_000  # bytes
+LIMIT = 24_000_000  # bytes of a teacher and its students
+LIMIT_WHOLE = 30_000_000  # where a student is a second model
 
 
 def main() -> None:
@@ -36,14 +38,17 @@ def main() -> None:
     parser.add_argument(
         "--rank", type=int, help="keep students as a difference of that rank to the teacher"
     )
+    parser.add_argument("--whole", type=Path, help="a student that is a whole transformer")
     args = parser.parse_args()
     students = [student.partition("=")[::2] for student in args.student]
-    if not students or not all(name and folder for name, folder in students):
+    if not (students or args.whole) or not all(name and folder for name, folder in students):
         parser.error(f"--student: expected one or more NAME=FOLDER, got {args.student}")
 
     tmp = ZOO / f"{args.name}.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=torch.float16)
+    if args.whole:
+        load_whole(pipe, args.whole).save_pretrained(tmp / "teacher")
     pipe.save_pretrained(tmp)
     for name, folder in students:
         if args.rank is None:
@@ -58,8 +63,9 @@ def main() -> None:
         if config.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     size = sum(file.stat().st_size for file in tmp.rglob("*") if file.is_file())
-    if size > LIMIT:
-        raise SystemExit(f"{size:,} bytes; the package has room for {LIMIT:,}")
+    limit = LIMIT_WHOLE if args.whole else LIMIT
+    if size > limit:
+        raise SystemExit(f"{size:,} bytes; the package has room for {limit:,}")
     target = ZOO / args.name
     card = target / "README.md"
     if card.exists():

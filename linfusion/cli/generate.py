@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompts: Annotated[list[str], Argument(metavar="PROMPT...", help="What to draw.")],
+    prompts: Annotated[
+        list[str] | None, Argument(metavar="PROMPT...", help="What to draw.", show_default=False)
+    ] = None,
+    classes: Annotated[
+        list[str] | None,
+        Option("--class", help="What to draw, for a model of classes: name or number; repeat."),
+    ] = None,
     output: Annotated[
         Path,
         Option("--output", "-o", help="A .png file (one picture) or a folder (made if missing)."),
@@ -82,6 +88,13 @@ def generate(
 
     For example: linfusion generate "a red apple" --size 256x256 --seed 0
     """
+    if bool(prompts) == bool(classes):
+        raise ValueError(
+            "prompt: got both a prompt and --class; accepted is one kind"
+            if prompts
+            else "prompt: missing; say what to draw (--class for a model of classes)"
+        )
+    prompts = prompts or classes or []
     check_prompts(prompts)
     height, width = choose_size(size, height, width)
     call: dict[str, Any] = {
@@ -110,6 +123,13 @@ def generate(
             device_map=device_map,
             cpu_offload=cpu_offload,
         )
+        of_classes = hasattr(pipe, "labels")
+        if of_classes != bool(classes):
+            raise ValueError(
+                f"class: {model} is a model of classes: {', '.join(pipe.labels)}; give --class"
+                if of_classes
+                else f"class: {model} has none; give a prompt"
+            )
         for text in [*prompts, *([negative_prompt] if negative_prompt else [])]:
             check_length(pipe, text)
         pixels = load.size_in_pixels(pipe, height, width)
@@ -117,9 +137,10 @@ def generate(
         call |= draw_arguments(pipe, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
         call |= more
         if not softmax:
-            weights = load.find_weights(pipe, model, weights)
             size_of_auto = pixels if layers == "auto" else None
-            linfusion.linearize(pipe, method, weights=weights, layers=layers, size=size_of_auto)
+            weights = load.put_student(
+                pipe, model, weights, method=method, layers=layers, size=size_of_auto
+            )
         load.optimize(
             pipe,
             lora=loras,
@@ -226,7 +247,8 @@ def _draw(
 
     pipe.set_progress_bar_config(desc=prompt[:24], leave=False)
     start = time.perf_counter()
-    image = pipe(prompt, generator=torch.Generator().manual_seed(seed), **call).images[0]
+    what = int(prompt) if hasattr(pipe, "labels") and prompt.isdecimal() else prompt
+    image = pipe(what, generator=torch.Generator().manual_seed(seed), **call).images[0]
     return image, time.perf_counter() - start
 
 

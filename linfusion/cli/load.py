@@ -161,7 +161,10 @@ def load_pipeline(
         kwargs["device_map"] = parse_json_object("--device-map", device)
     elif not cpu_offload:
         kwargs["device_map"] = device
-    return DiffusionPipeline.from_pretrained(check_model(model), **kwargs)
+    pipe = DiffusionPipeline.from_pretrained(check_model(model), **kwargs)
+    from linfusion.pipelines.dit import with_learned_variance
+
+    return with_learned_variance(pipe)
 
 
 def find_weights(pipe: DiffusionPipeline, model: str, weights: str | None) -> str:
@@ -178,6 +181,41 @@ def find_weights(pipe: DiffusionPipeline, model: str, weights: str | None) -> st
         return published_for(pipe)
     except ValueError as error:
         raise ValueError(f"weights: {model} has no student in its folder, and {error}") from error
+
+
+def put_student(
+    pipe: DiffusionPipeline,
+    model: str,
+    weights: str | None,
+    *,
+    method: str | None = None,
+    **options: Any,
+) -> str | None:
+    """Make a pipeline linear: with what was given, what it was saved with, or what is found.
+
+    Returns:
+        The weights; None where the model was saved linear.
+
+    Raises:
+        ValueError: there are none, or they do not fit.
+    """
+    import linfusion
+    from linfusion.layers import MARKER, model_of
+    from linfusion.whole import is_whole, load_whole
+
+    config: Any = model_of(pipe).config
+    if weights is None and MARKER in config:
+        linfusion.linearize(pipe, **options)
+        return None
+    weights = find_weights(pipe, model, weights)
+    if is_whole(pipe, weights):
+        given = [name for name, value in {"method": method, **options}.items() if value is not None]
+        if given:
+            raise ValueError(f"{given[0]}: {weights} is a whole model, which says so itself")
+        load_whole(pipe, weights)
+    else:
+        linfusion.linearize(pipe, method, weights=weights, **options)
+    return weights
 
 
 def student_of(model: str, weights: str | None) -> str | None:

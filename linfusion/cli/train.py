@@ -10,19 +10,29 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Context, Option
 
 from linfusion.cli.console import Json, check_writable, emit_json, say, working
-from linfusion.training.config import TrainConfig
+from linfusion.training.config import TrainConfig, recipes
 
 
-def train(as_json: bool = False, **flags: Any) -> None:
+def train(context: Context, recipe: str | None = None, as_json: bool = False, **flags: Any) -> None:
     """Distil a linear student from its teacher.
 
     Flags are named as in diffusers' train_text_to_image.py. On several GPUs:
     accelerate launch -m linfusion train ...
     """
-    config = TrainConfig(**{name: _as_field(value) for name, value in flags.items()})
+    if recipe is not None:  # what was not given is as the recipe says
+        sources = {name: context.get_parameter_source(name) for name in flags}
+        flags = {
+            name: value
+            for name, value in flags.items()
+            if (source := sources[name]) is not None and source.name != "DEFAULT"
+        }
+    changes = {name: _as_field(value) for name, value in flags.items()}
+    config = (
+        TrainConfig(**changes) if recipe is None else TrainConfig.from_recipe(recipe, **changes)
+    )
     check_writable("output_dir", Path(config.output_dir))
     with working(f"distilling {config.pretrained_model_name_or_path} into {config.output_dir}"):
         from linfusion.training.trainer import distill
@@ -55,7 +65,10 @@ def _signature() -> inspect.Signature:
     """One option for every field of TrainConfig, of the same name."""
     hints = typing.get_type_hints(TrainConfig)
     helps = _helps()
-    parameters = []
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=Context)
+    about = "A published run, or a .toml file, whose arguments are the defaults: "
+    recipe = Option("--recipe", help=about + ", ".join(recipes()) + ".")
+    parameters = [context, _keyword("recipe", Annotated[str | None, recipe], None)]
     for field in dataclasses.fields(TrainConfig):
         hint: Any = hints[field.name]
         default: Any = field.default

@@ -1,15 +1,14 @@
 """Sampling from class-conditional DiT, softmax or linear, with the variance it has learned."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, DiTTransformer2DModel, ImagePipelineOutput
 from diffusers import DiTPipeline as StockDiTPipeline
-from diffusers import ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -34,15 +33,30 @@ class DiTPipeline(StockDiTPipeline):
 
     def __init__(
         self,
-        transformer: Any,
-        vae: Any,
-        scheduler: Any,
+        transformer: DiTTransformer2DModel,
+        vae: AutoencoderKL,
+        scheduler: KarrasDiffusionSchedulers,
         id2label: dict[int, str] | None = None,
     ) -> None:
         super().__init__(transformer, vae, scheduler, id2label)
         self.register_to_config(id2label=id2label)
         if getattr(transformer, "config", {}).get(TIMESTEPS) == "official":
             use_official_timesteps(transformer)
+
+    @classmethod
+    def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
+        """A pipeline of the same parts, as diffusers', and of the same names of classes.
+
+        Args:
+            pipeline: diffusers' `DiTPipeline`, or one of ours.
+            **kwargs: as diffusers' `from_pipe`: parts to replace.
+        """
+        names: dict[int, list[str]] = {}
+        for name, number in getattr(pipeline, "labels", {}).items():
+            names.setdefault(number, []).append(name)
+        if names and "id2label" not in kwargs:
+            kwargs["id2label"] = {i: ", ".join(same) for i, same in names.items()}
+        return super().from_pipe(pipeline, **kwargs)
 
     @property
     def vae_scale_factor(self) -> int:
@@ -226,6 +240,14 @@ class DiTPipeline(StockDiTPipeline):
         if learned and not takes:
             scheduler = type(scheduler).from_config(scheduler.config, variance_type=None)
         return scheduler, takes
+
+
+def with_learned_variance(pipe: Any) -> Any:
+    """diffusers' own DiT pipeline as a `DiTPipeline` of the same parts; any other as it is."""
+    if not isinstance(pipe, StockDiTPipeline) or isinstance(pipe, DiTPipeline):
+        return pipe
+    names = {number: name for name, number in pipe.labels.items()}
+    return DiTPipeline(pipe.transformer, pipe.vae, pipe.scheduler, names or None)
 
 
 def _guide(noise: Tensor, scale: float, channels: int | None) -> Tensor:

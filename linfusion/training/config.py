@@ -1,7 +1,10 @@
 """The arguments of a distillation run, named as in diffusers' train_text_to_image.py."""
 
+from __future__ import annotations
+
 import tempfile
-from dataclasses import dataclass
+import tomllib
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,10 @@ SOURCES = ("train_data_dir", "dataset_name", "train_shards_path_or_url", "train_
 METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "linfusion": ("projection_mid_dim",),
     "clear": ("radius", "down_factor"),
+    "lit": ("heads", "conv"),
 }
+_RECIPES = Path(__file__).parent / "recipes"
+_OF_LIT = (*METHOD_OPTIONS["lit"], "teacher_model_name_or_path", "kd_variance_weight")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -25,7 +31,7 @@ class TrainConfig:
         pretrained_model_name_or_path: folder or hub name of the teacher pipeline, or "zoo:emoji".
         revision, variant: passed to `from_pretrained`.
         method: of `linfusion.linearize`: "linfusion" for UNets, "clear" for FLUX and Stable
-            Diffusion 3.
+            Diffusion 3, "lit" for DiT and PixArt.
         weights: student weights to start from; None starts from the teacher's own.
         train_projections: also train to_q, to_k, to_v, to_out of each replaced layer.
         projection_mid_dim: of "linfusion": hidden width of the feature maps; None is the layer's
@@ -33,6 +39,13 @@ class TrainConfig:
         radius: of "clear": tokens nearer than this see one another; None is 8.
         down_factor: of "clear": above 1 adds the whole picture, averaged over so many tokens a
             side.
+        heads: of "lit": heads of its linear attention; None is 2.
+        conv: of "lit": its convolution; None is "value_shared".
+        inherit: of "lit": what the student takes over, as `linfusion.inherit`.
+        teacher_model_name_or_path: of "lit": a pipeline whose transformer teaches; None is the one
+            that the student starts from.
+        kd_variance_weight: of "lit": weight of the teacher's variance head; None is 0.
+        log_variance: of "lit": compare log σ² instead of the raw head.
         train_data_dir: image folder; captions in metadata.jsonl, metadata.csv or a .txt beside.
         dataset_name, dataset_config_name: a `datasets` set (hub name or folder), its train split.
         image_column, caption_column: their names in metadata files and `datasets` sets.
@@ -82,6 +95,12 @@ class TrainConfig:
     projection_mid_dim: int | None = None
     radius: float | None = None
     down_factor: int | None = None
+    heads: int | None = None
+    conv: str | None = None
+    inherit: str = "lit"
+    teacher_model_name_or_path: str | None = None
+    kd_variance_weight: float | None = None
+    log_variance: bool = False
 
     train_data_dir: str | None = None
     dataset_name: str | None = None
@@ -139,6 +158,19 @@ class TrainConfig:
     report_to: str | None = None
     logging_steps: int = 50
 
+    @classmethod
+    def from_recipe(cls, recipe: str | Path, **changes: Any) -> TrainConfig:
+        """The arguments of a published run, and what of them is to be otherwise.
+
+        Args:
+            recipe: one of `recipes()`, or a .toml file of arguments.
+            **changes: arguments that win over the recipe's; it never has a source of pictures.
+
+        Raises:
+            ValueError: no such recipe, an argument there is not, or as for the arguments.
+        """
+        return cls(**{**read_recipe(recipe), **changes})
+
     def __post_init__(self) -> None:
         self.extra_resolutions = tuple(self.extra_resolutions)
         self.validation_prompts = tuple(self.validation_prompts)
@@ -162,7 +194,7 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}: got {given!r}, accepted are {', '.join(map(str, accepted))}"
                 )
-        for method, names in METHOD_OPTIONS.items():
+        for method, names in {**METHOD_OPTIONS, "lit": _OF_LIT}.items():
             for name in names:
                 if method != self.method and getattr(self, name) is not None:
                     raise ValueError(f"{name}: given, but only method {method!r} has it")
@@ -175,7 +207,8 @@ class TrainConfig:
             1,
         ) | dict.fromkeys(
             ("lr_warmup_steps", "checkpointing_steps", "validation_steps", "kd_weight",
-             "feature_weight", "guidance_embedding", "adam_weight_decay", "learning_rate"),
+             "feature_weight", "kd_variance_weight", "guidance_embedding", "adam_weight_decay",
+             "learning_rate"),
             0,
         )  # fmt: skip
         for name, least in at_least.items():
@@ -214,6 +247,30 @@ class TrainConfig:
     def cache_path(self) -> Path:
         """Folder of the cached latents and text states."""
         return Path(self.cache_dir) if self.cache_dir else Path(self.output_dir) / "cache"
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(file.stem for file in _RECIPES.glob("*.toml"))
+
+
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """The arguments in a recipe, by name.
+
+    Raises:
+        ValueError: no such recipe, no TOML, or an argument there is not.
+    """
+    file = Path(recipe) if str(recipe).endswith(".toml") else _RECIPES / f"{recipe}.toml"
+    if not file.is_file():
+        raise ValueError(f"recipe: {str(recipe)!r} is no .toml file and none of {recipes()}")
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe: {file} is no TOML ({error})") from error
+    known = {field.name for field in fields(TrainConfig)}
+    if unknown := sorted(set(found) - known):
+        raise ValueError(f"recipe: {file} has {unknown[0]}, which is no argument of TrainConfig")
+    return found
 
 
 def writable_folder(argument: str, folder: str | Path) -> Path:

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-import linfusion
 from linfusion.pipelines.arguments import draw_arguments, pixel_multiple
+from linfusion.pipelines.dit import with_learned_variance
 from linfusion.training.config import writable_folder
 from linfusion.training.data import Example, fit, image_folder
 from linfusion.training.features import random_features
@@ -25,6 +25,7 @@ from linfusion.training.metrics import (
     ssim,
 )
 from linfusion.training.trainer import load_pipeline
+from linfusion.whole import as_student
 
 
 def evaluate(
@@ -48,7 +49,8 @@ def evaluate(
 
     Args:
         pipeline: the teacher, or its folder / hub name / "zoo:emoji"; given back as it came.
-        weights: the student's weights, as `linfusion.linearize(..., weights=...)` takes them.
+        weights: the student's weights, as `linfusion.linearize(..., weights=...)` takes them, or
+            the folder of a student that was trained whole.
         images: image folder of the real pictures; all of them are used.
         prompts: prompts to draw, cycled up to n; None takes the captions of the image folder,
             evenly spread, and pairs each picture drawn with the real one of its caption.
@@ -85,6 +87,7 @@ def evaluate(
     if len(examples) < 2:
         raise ValueError(f"images: got {len(examples)} pictures, accepted is 2 or more")
     pipe = load_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
+    pipe = with_learned_variance(pipe)
     for size in sizes:
         if size < 11 or size % pixel_multiple(pipe):
             raise ValueError(
@@ -111,11 +114,8 @@ def evaluate(
             label=label,
         )
 
-    linfusion.linearize(pipe, weights=weights)  # an unfit student is found out first
-    try:
+    with as_student(pipe, weights):  # an unfit student is found out first
         student = {size: pictures(size, "student") for size in sizes}
-    finally:
-        linfusion.restore(pipe)
 
     found = {}
     for size in sizes:

@@ -36,6 +36,7 @@ class Distillation:
         train_projections: also train to_q, to_k, to_v, to_out.
         feature_layers: layers whose outputs are compared, as `linfusion.linearize` selects them;
             None takes all that are replaced.
+        kd_weight, feature_weight: of L_kd and L_feat in the sum that is trained on.
         **options: of the method.
 
     Raises:
@@ -50,6 +51,8 @@ class Distillation:
         weights: str | Path | None = None,
         train_projections: bool = True,
         feature_layers: Sequence[str] | None = None,
+        kd_weight: float = 0.5,
+        feature_weight: float = 0.5,
         **options: Any,
     ) -> None:
         self._mechanism = get_method(method)
@@ -90,6 +93,7 @@ class Distillation:
             self._student[path] = (attn.processor, projections)
         self._install(self._student)
 
+        self.weights = {"simple": 1.0, "kd": kd_weight, "feature": feature_weight}
         self._teaching = False
         self._taught: dict[str, Tensor] = {}
         self._feature_losses: dict[str, Tensor] = {}

@@ -27,9 +27,11 @@ class Teacher(ABC):
         pipe: the pipeline.
         attribute: name of its denoiser.
         multiple: what every side in pixels is a multiple of.
+        squares_only: whether it draws nothing else.
     """
 
     attribute: str
+    squares_only = False
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         self.pipe: Any = pipe
@@ -215,23 +217,6 @@ class FlowTeacher(Teacher):
             return latents
         packed: Tensor = self.pipe._pack_latents(latents, *latents.shape)
         return packed
-
-
-def teacher_of(pipe: DiffusionPipeline, config: TrainConfig) -> Teacher:
-    """The kind of teacher a pipeline is.
-
-    Raises:
-        ValueError: none that is known.
-    """
-    if getattr(pipe, "unet", None) is not None:
-        return NoiseTeacher(pipe)
-    kinds = {kind.__name__ for kind in type(getattr(pipe, "transformer", None)).__mro__}
-    if kinds & {"FluxTransformer2DModel", "SD3Transformer2DModel"}:
-        return FlowTeacher(pipe, config.guidance_embedding)
-    raise ValueError(
-        f"pretrained_model_name_or_path: {type(pipe).__name__} has neither a unet nor a FLUX or"
-        " Stable Diffusion 3 transformer, the models that are distilled"
-    )
 
 
 def noise_scheduler(scheduler: Any) -> DDPMScheduler:

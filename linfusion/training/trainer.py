@@ -48,8 +48,11 @@ from linfusion.training.data import (
 )
 from linfusion.training.grids import side_by_side
 from linfusion.training.objective import Distillation
-from linfusion.training.teachers import Teacher, teacher_of
+from linfusion.training.teachers import FlowTeacher, NoiseTeacher, Teacher
+from linfusion.training.variance import ClassTeacher, PixArtTeacher, VarianceTeacher
+from linfusion.training.whole import WholeStudent
 
+Pair = Distillation | WholeStudent
 FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -102,15 +105,7 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
                 if getattr(pipe, name, None) is not None and accelerator.device.type != "cpu":
                     getattr(pipe, name).to("cpu")
 
-        paths = list(candidates(teacher.model, config.method))
-        pair = Distillation(
-            teacher.model,
-            method=config.method,
-            weights=config.weights,
-            train_projections=config.train_projections,
-            feature_layers=config.feature_layers or teacher.feature_layers(paths),
-            **config.method_options,
-        )
+        pair = _pair(config, teacher)
         checkpointing = teacher.model.is_gradient_checkpointing
         try:
             if config.gradient_checkpointing:
@@ -179,25 +174,85 @@ def load_examples(config: TrainConfig) -> list[Example] | None:
     return None
 
 
+def teacher_of(pipe: DiffusionPipeline, config: TrainConfig) -> Teacher:
+    """The kind of teacher a pipeline is.
+
+    Raises:
+        ValueError: none that is known.
+    """
+    if getattr(pipe, "unet", None) is not None:
+        return NoiseTeacher(pipe)
+    kinds = {kind.__name__ for kind in type(getattr(pipe, "transformer", None)).__mro__}
+    if kinds & {"FluxTransformer2DModel", "SD3Transformer2DModel"}:
+        return FlowTeacher(pipe, config.guidance_embedding)
+    if "DiTTransformer2DModel" in kinds:
+        return ClassTeacher(pipe)
+    if "PixArtTransformer2DModel" in kinds:
+        return PixArtTeacher(pipe)
+    raise ValueError(
+        f"pretrained_model_name_or_path: {type(pipe).__name__} has neither a unet nor a transformer"
+        " of FLUX, Stable Diffusion 3, DiT or PixArt, the models that are distilled"
+    )
+
+
 def _check_student(config: TrainConfig, teacher: Teacher) -> None:
     """Refuse what this pipeline cannot do now, not after hours of filling the cache."""
-    plan_sizes(config, teacher.multiple)
+    levels = plan_sizes(config, teacher.multiple)
+    oblong = [f"{h}x{w}" for level in levels for h, w in level if h != w]
+    if oblong and teacher.squares_only:
+        raise ValueError(
+            f"aspect_ratio_buckets: got {oblong[0]}; {type(teacher.model).__name__} draws squares"
+            " alone"
+        )
     paths = list(candidates(teacher.model, config.method))
     if config.feature_layers:
         select(paths, config.feature_layers, "feature_layers")
+    if config.method == "lit":
+        _pair(config, teacher).close()
     # A student that was saved inside its model is not tried on: restore would forget that it is.
-    if config.weights is not None or MARKER not in teacher.model.config:
+    elif config.weights is not None or MARKER not in teacher.model.config:
         linfusion.linearize(
             teacher.model, config.method, weights=config.weights, **config.method_options
         )
         linfusion.restore(teacher.model)
 
 
+def _pair(config: TrainConfig, teacher: Teacher) -> Pair:
+    """Student and teacher of a run, as their method wants them."""
+    if isinstance(teacher, VarianceTeacher):
+        other = None
+        if config.teacher_model_name_or_path is not None:
+            other = load_pipeline(config.teacher_model_name_or_path).transformer
+            other.to(teacher.model.device, FROZEN_DTYPES[config.mixed_precision])
+        return WholeStudent(
+            teacher,
+            policy=config.inherit,
+            weights=config.weights,
+            teacher=other,
+            kd_weight=config.kd_weight,
+            kd_variance_weight=config.kd_variance_weight or 0.0,
+            log_variance=config.log_variance,
+            seed=config.seed,
+            **config.method_options,
+        )
+    paths = list(candidates(teacher.model, config.method))
+    return Distillation(
+        teacher.model,
+        method=config.method,
+        weights=config.weights,
+        train_projections=config.train_projections,
+        feature_layers=config.feature_layers or teacher.feature_layers(paths),
+        kd_weight=config.kd_weight,
+        feature_weight=config.feature_weight,
+        **config.method_options,
+    )
+
+
 def _train(
     config: TrainConfig,
     accelerator: Accelerator,
     teacher: Teacher,
-    pair: Distillation,
+    pair: Pair,
     data: TrainingSet,
     resume: Path | None,
 ) -> None:
@@ -277,7 +332,7 @@ def _losses(
     config: TrainConfig,
     accelerator: Accelerator,
     teacher: Teacher,
-    pair: Distillation,
+    pair: Pair,
     student: torch.nn.Module,
     data: TrainingSet,
     micro: int,
@@ -290,8 +345,8 @@ def _losses(
     device, dtype = accelerator.device, next(pair.model.parameters()).dtype
     with accelerator.autocast():
         losses = pair.losses(student, _moved(inputs, device, dtype), target.to(device))
-    loss = losses["simple"] + config.kd_weight * losses["kd"]
-    return {"loss": loss + config.feature_weight * losses["feature"]} | losses
+    weighted = [pair.weights[name] * value for name, value in losses.items()]
+    return {"loss": torch.stack(weighted).sum()} | losses
 
 
 def _moved(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -300,6 +355,8 @@ def _moved(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
     for name, value in inputs.items():
         if isinstance(value, dict):
             moved[name] = _moved(value, device, dtype)
+        elif value is None:
+            moved[name] = None
         else:
             exact = name.endswith(("_ids", "timestep")) or not value.is_floating_point()
             moved[name] = value.to(device, None if exact else dtype)
@@ -320,7 +377,7 @@ def _averaged(ema: EMAModel | None, parameters: tuple[torch.nn.Parameter, ...]) 
         ema.restore(parameters)
 
 
-def _save_grid(config: TrainConfig, teacher: Teacher, pair: Distillation, step: int) -> None:
+def _save_grid(config: TrainConfig, teacher: Teacher, pair: Pair, step: int) -> None:
     """One row a prompt: teacher | student, from the same noise."""
     with pair.teacher():
         left = teacher.pictures(config)

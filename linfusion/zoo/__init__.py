@@ -1,7 +1,8 @@
 """Small trained pipelines that ship with the package, so that everything runs offline.
 
 Each is a folder as the `save_pretrained` of a stock diffusers pipeline writes it (the softmax
-teacher), with the weights of each of its students in a subfolder of its own.
+teacher), with the weights of each of its students in a subfolder of its own. Where the student is a
+whole model, it is the pipeline's own, and the teacher lies in the subfolder `teacher`.
 """
 
 from __future__ import annotations
@@ -70,17 +71,23 @@ def load(
         ValueError: no such name; the message lists those there are.
     """
     folder = path(name)
-    found = students(folder)
+    found, teacher = students(folder), folder / "teacher"
     if student is not None and (not linear or student not in found):
         raise ValueError(
-            f"student: got {student!r} with linear={linear}; {name} has {', '.join(found)}"
+            f"student: got {student!r} with linear={linear}; {name} has"
+            f" {', '.join(found) or 'one that is the model itself'}"
         )
     import torch
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype or torch.float32)
-    if linear:
-        import linfusion
+    import linfusion
+    from linfusion.pipelines.dit import with_learned_variance
 
-        linfusion.linearize(pipe, weights=found[student or next(iter(found))])
+    dtype = dtype or torch.float32
+    pipe = with_learned_variance(DiffusionPipeline.from_pretrained(folder, dtype=dtype))
+    if linear:
+        linfusion.linearize(pipe, weights=found[student or next(iter(found))] if found else None)
+    elif teacher.is_dir():
+        softmax = type(pipe.transformer).from_pretrained(teacher, torch_dtype=dtype)
+        pipe.register_modules(transformer=softmax)
     return pipe

@@ -60,6 +60,14 @@ def test_it_is_the_explicit_kernel_matrix(heads):
     )
 
 
+def test_a_head_of_576_channels_is_the_explicit_matrix_too():
+    attn, x = layer(width=1152, heads=2), tokens((3, 5), width=1152, batch=1)
+    out = attn(x, grid=(3, 5))
+    torch.testing.assert_close(
+        out, by_the_matrix(attn, x, (3, 5), 2, 15e-6), atol=1e-10, rtol=1e-12
+    )
+
+
 def test_a_shared_filter_is_the_full_one_with_its_weights_repeated():
     x = tokens((6, 4), dtype=torch.float32)
     shared, full = DepthwiseConv(8, 5, heads=3), DepthwiseConv(24, 5, heads=1)

@@ -20,7 +20,8 @@ def script(monkeypatch):
     """Imports one of the scripts, which import each other by their bare names."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     yield importlib.import_module
-    for name in ("data", "text", "loop", "train_vae", "train_unet", "train_flux", "export"):
+    recipes = ("train_vae", "train_unet", "train_dit", "train_flux", "export")
+    for name in ("data", "text", "loop", "classes", *recipes):
         sys.modules.pop(name, None)
 
 
@@ -102,6 +103,34 @@ def test_a_stopped_training_goes_on_to_the_same_weights(script, monkeypatch, tmp
         assert all(torch.equal(whole[name], stopped[name]) for name in whole)
         (tmp_path / "whole" / "checkpoint.pt").unlink()
         (tmp_path / "stopped" / "checkpoint.pt").unlink()
+
+
+def test_a_stopped_training_of_the_dit_goes_on_to_the_same_weights(script, monkeypatch, tmp_path):
+    train_dit = script("train_dit")
+    monkeypatch.setattr(train_dit, "preview", lambda pipe, file: None)
+    flags = ("--data", PICTURES, "--batch-size", 2, "--steps", 2, "--checkpoint-every", 1)
+    run(train_dit, monkeypatch, *flags, "--output", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_after_first_checkpoint(train_dit, patch)
+        with pytest.raises(StoppedError):
+            run(train_dit, patch, *flags, "--output", tmp_path / "stopped")
+    run(train_dit, monkeypatch, *flags, "--output", tmp_path / "stopped")
+    weights = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    whole, stopped = (load_file(tmp_path / x / weights) for x in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+    names = json.loads((tmp_path / "whole" / "pipeline" / "model_index.json").read_text())
+    assert names["id2label"] == {str(i): c for i, c in enumerate(train_dit.CLASSES)}
+
+
+def test_every_picture_has_the_class_of_what_it_shows(script):
+    data, classes = script("data"), script("classes")
+    found = {item.captions[0]: classes.class_of(item) for item in data.pictures(PICTURES)}
+    expected = {
+        "grinning face": "face", "red heart": "heart", "pizza": "food", "dog face": "animal",
+        "rocket": "vehicle", "cactus": "plant", "star": "sky", "key": "object",
+    }  # fmt: skip
+    assert expected.items() <= found.items()
+    assert set(found.values()) <= set(classes.CLASSES)
 
 
 def test_training_goes_on_from_a_pipeline(script, monkeypatch, tmp_path):

@@ -174,6 +174,14 @@ def test_it_is_saved_and_loaded_with_its_names_and_by_diffusers(tmp_path):
     assert StockDiTPipeline.from_pretrained(tmp_path).labels == pipe.labels
 
 
+def test_diffusers_pipeline_is_taken_over_with_its_names():
+    stock = StockDiTPipeline(tiny_dit(), tiny_vae(), learned_range(), NAMES)
+    pipe = DiTPipeline.from_pipe(stock)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.labels == stock.labels
+    assert torch.equal(run(pipe, "heart"), run(pipeline(), 1))
+
+
 def test_it_samples_from_a_linear_student():
     pipe = pipeline()
     softmax = run(pipe)
