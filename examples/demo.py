@@ -1,4 +1,4 @@
-"""Softmax teachers and their students side by side: the size they were trained at, 2×, 4× and 8×.
+"""Softmax teacher and linear student side by side: the size they were trained at, 2×, 4× and 8×.
 
     make demo
 
@@ -55,17 +55,6 @@ MODELS = (
         {128: (4, 20), 256: (4, 20), 512: (2, 20), 1024: (1, 10)},
         4.0,
         8,
-    ),
-    Shown(
-        "emoji-flux",
-        {
-            "softmax": {"linear": False},
-            "clear-8": {"student": "clear-8"},
-            "clear-4": {"student": "clear-4"},
-        },
-        {128: (4, 16), 256: (4, 16), 512: (2, 16), 1024: (1, 8)},
-        3.0,
-        16,
     ),
 )
 
