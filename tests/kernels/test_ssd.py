@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -161,7 +163,7 @@ def test_packed_sequences_are_scanned_one_by_one(impl, reverse, chunk_size):
     cuts = torch.tensor([0, *lengths]).cumsum(0).tolist()
     last = 0 if reverse else len(lengths) - 1
     rows, state = [], None
-    for i, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
         part = {k: v[:, start:stop] if k in ALONG else v for k, v in x.items()}
         # The initial state is that of index 0, if the scan begins with it.
         if i != 0 or reverse:

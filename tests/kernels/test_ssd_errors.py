@@ -43,10 +43,16 @@ STEP = {
         ({"A": -ONE(3)}, r"A: expected \[H\] = \(4,\), got \(3,\)"),
         ({"A": -ONE(4, 5)}, r"A: expected 1 axis \[H\], got shape \(4, 5\)"),
         ({"B": ONE(2, 6, 5)}, r"B: expected 4 axes \[B, L, G, N\], got shape \(2, 6, 5\)"),
-        ({"B": ONE(2, 7, 2, 5)}, r"B: expected \[B, L, G, N\] = \(2, 6, 2, 5\), got \(2, 7, 2, 5\)"),
+        (
+            {"B": ONE(2, 7, 2, 5)},
+            r"B: expected \[B, L, G, N\] = \(2, 6, 2, 5\), got \(2, 7, 2, 5\)",
+        ),
         ({"B": ONE(2, 6, 3, 5)}, r"B: expected a number of groups that divides 4 heads, got 3"),
         ({"B": ONE(2, 6, 8, 5)}, r"B: expected a number of groups that divides 4 heads, got 8"),
-        ({"C": ONE(2, 6, 1, 5)}, r"C: expected \[B, L, G, N\] = \(2, 6, 2, 5\), got \(2, 6, 1, 5\)"),
+        (
+            {"C": ONE(2, 6, 1, 5)},
+            r"C: expected \[B, L, G, N\] = \(2, 6, 2, 5\), got \(2, 6, 1, 5\)",
+        ),
         ({"C": GOOD["C"].bool()}, r"C: expected a real floating dtype .* got torch.bool"),
         ({"chunk_size": 0}, r"chunk_size: expected an integer of at least 1, got 0"),
         ({"chunk_size": -64}, r"chunk_size: expected an integer of at least 1, got -64"),

@@ -15,9 +15,7 @@ from linfusion.kernels import ssd_scan
 OPS = torch.ops.linfusion
 
 
-def tensors(
-    length: int = 11, optional: bool = True
-) -> tuple[list[Tensor], list[Tensor | None]]:
+def tensors(length: int = 11, optional: bool = True) -> tuple[list[Tensor], list[Tensor | None]]:
     """x, dt, a, b, c, and skip, initial and seg or None."""
     torch.manual_seed(0)
     shapes = [(2, length, 4, 3), (2, length, 4), (2, length, 4), *[(2, length, 2, 5)] * 2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -94,8 +94,8 @@ def ssd_scan(
         dt: steps before bias and softplus, [B, L, H].
         A: of each head, [H], at most 0 for a decay.
         B, C: keys and queries of the state, [B, L, G, N]; G divides H.
-        chunk_size: tokens of a chunk, at least 1; no multiple of L is needed. It changes time,
-            memory and rounding, nothing else.
+        chunk_size: tokens of a chunk, at least 1; L need not be a multiple. It changes time, memory
+            and rounding, nothing else; "blocked" takes no chunk above 64.
         D: of the skip connection, [H] or [H, P].
         z: gate, [B, L, H, P].
         dt_bias: added to dt, [H].

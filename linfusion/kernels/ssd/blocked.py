@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 from linfusion.kernels.pages import empty_output
-from linfusion.kernels.ssd.common import accumulator, before, chunks_of_a_run, kept_states
+from linfusion.kernels.ssd.common import (
+    accumulator,
+    before,
+    chunk_of,
+    chunks_of_a_run,
+    kept_states,
+)
 
 # Elements of the largest temporary: 2 MB in float32, near L2.
 BLOCK = 1 << 19
@@ -38,28 +44,28 @@ class _Part(NamedTuple):
     groups: slice
 
     @property
-    def count(self) -> int:
+    def group_count(self) -> int:
         return self.groups.stop - self.groups.start
 
     def grouped(self, x: Tensor) -> Tensor:
         """[B, H, P] as a view [b, g, r, P]."""
-        return x[self.batch, self.heads].unflatten(1, (self.count, -1))
+        return x[self.batch, self.heads].unflatten(1, (self.group_count, -1))
 
     def transposed(self, state: Tensor) -> Tensor:
         """[b, h, P, N] as [b, g, N, r, P], so that the heads of a group share a product."""
-        return state.unflatten(1, (self.count, -1)).permute(0, 1, 4, 2, 3)
+        return state.unflatten(1, (self.group_count, -1)).permute(0, 1, 4, 2, 3)
 
     def restored(self, state: Tensor) -> Tensor:
         return state.permute(0, 1, 3, 4, 2).flatten(1, 2)
 
 
 class _Run(NamedTuple):
-    """`chunks` chunks of `size` tokens, and which of the kept states comes before them."""
+    """`chunks` chunks of `size` tokens; `place` is that of the kept state before them."""
 
     tokens: slice
     chunks: int
     size: int
-    index: int
+    place: int
 
 
 def scan(
@@ -79,17 +85,18 @@ def scan(
     batch, length, heads, channels = x.shape
     y = empty_output(x.shape, x.dtype, x.device)
     final = torch.empty(batch, heads, channels, b.shape[3], dtype=dtype, device=x.device)
-    count = kept_states(length, chunk_size, "blocked")
+    count = kept_states(length, chunk_size)
     kept = final.new_empty(batch, count, *final.shape[1:])
     prev = None if seg is None else before(seg, reverse)
-    for part in _parts(x, b, chunk_size):
+    chunk = chunk_of(chunk_size)
+    for part in _parts(x, b, chunk):
         state = final.new_zeros(final[part.batch, part.heads].shape)
         if initial is not None:
             state.copy_(initial[part.batch, part.heads])
         weight = None if skip is None else part.grouped(skip).to(dtype)[:, :, None]
         state = part.transposed(state)
-        for run in _runs(length, chunk_size, reverse):
-            kept[part.batch, run.index, part.heads] = part.restored(state)
+        for run in _runs(length, chunk, reverse):
+            kept[part.batch, run.place, part.heads] = part.restored(state)
             view = _View(part, run)
             x_, b_, c_ = view.tokens(x), view.group(b, dtype), view.group(c, dtype)
             decay, out, into, through = _decays(view, a, seg, prev, reverse, dtype)
@@ -133,10 +140,11 @@ def scan_backward(
     dskip = kept.new_zeros(x.shape[0], 0) if skip is None else torch.zeros_like(skip, dtype=dtype)
     dinitial = torch.empty_like(dfinal, memory_format=torch.contiguous_format)
     prev = None if seg is None else before(seg, reverse)
-    for part in _parts(x, b, chunk_size):
+    chunk = chunk_of(chunk_size)
+    for part in _parts(x, b, chunk):
         weight = None if skip is None else part.grouped(skip).to(dtype)[:, :, None]
         dstate = part.transposed(dfinal[part.batch, part.heads].to(dtype))
-        for run in reversed(list(_runs(x.shape[1], chunk_size, reverse))):
+        for run in reversed(list(_runs(x.shape[1], chunk, reverse))):
             view = _View(part, run)
             x_, dy_ = view.tokens(x).to(dtype), view.tokens(dy).to(dtype)
             b_, c_ = view.group(b, dtype), view.group(c, dtype)
@@ -144,7 +152,7 @@ def scan_backward(
             step = view.tokens(dt[..., None]).to(dtype)  # [k, b, g, Q, r, 1]
             # Of tokens and states: what wrote, and what asks for a gradient.
             wrote, asks = torch.mul(x_, into * step), torch.mul(dy_, out)
-            entered = part.transposed(kept[part.batch, run.index, part.heads])
+            entered = part.transposed(kept[part.batch, run.place, part.heads])
             h = _entering(_states(_added(b_, wrote), through, entered, reverse), reverse)
             dstates = _states(_added(c_, asks), through, dstate, not reverse)
             dh = _entering(dstates, not reverse)  # gradients of the states after each chunk
@@ -196,7 +204,9 @@ class _View:
     def tokens(self, x: Tensor) -> Tensor:
         """A view of [B, L, H, X]."""
         x = x[self.part.batch, self.run.tokens, self.part.heads]
-        x = x.unflatten(2, (self.part.count, -1)).unflatten(1, self.chunked)  # [b, k, Q, g, r, X]
+        x = x.unflatten(2, (self.part.group_count, -1)).unflatten(
+            1, self.chunked
+        )  # [b, k, Q, g, r, X]
         return x.permute(1, 0, 3, 2, 4, 5)
 
     def packed(self, x: Tensor) -> Tensor:
@@ -300,7 +310,7 @@ def _read(keys: Tensor, states: Tensor) -> Tensor:
 
 
 def _states(added: Tensor, through: Tensor, state: Tensor, reverse: bool) -> Tensor:
-    """The states before, between and after chunks in the order of memory, [k + 1, b, g, N, r, P]."""
+    """States before, between and after chunks, in the order of memory, [k + 1, b, g, N, r, P]."""
     count = len(added)
     states = added.new_empty(count + 1, *added.shape[1:])
     states[count if reverse else 0] = state

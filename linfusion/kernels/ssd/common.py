@@ -7,6 +7,9 @@ from torch import Tensor
 
 # The blocked form keeps one state for so many tokens, and computes those between them again.
 RUN = 512
+# It takes no longer chunks, whatever it is asked for: the work within a chunk grows with its
+# square, and its products are fast from here on.
+LONGEST = 64
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
@@ -14,21 +17,22 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def chunks_of_a_run(chunk_size: int) -> int:
+def chunk_of(chunk_size: int) -> int:
+    """The chunk that the blocked form takes for one of `chunk_size`."""
+    return min(chunk_size, LONGEST)
+
+
+def chunks_of_a_run(chunk: int) -> int:
     """How many whole chunks the blocked form takes at once."""
-    return max(1, RUN // chunk_size)
+    return max(1, RUN // chunk)
 
 
-def kept_states(tokens: int, chunk_size: int, impl: str) -> int:
-    """How many states an implementation keeps; `tokens` may be symbolic.
-
-    The Triton kernels keep the state before every chunk; the blocked form that before every run of
-    whole chunks, and before the ragged chunk at the end.
-    """
-    if impl == "triton":
-        return -(-tokens // chunk_size)
-    whole, ragged = tokens // chunk_size, tokens % chunk_size
-    return -(-whole // chunks_of_a_run(chunk_size)) - (-ragged // chunk_size)
+def kept_states(tokens: int, chunk_size: int) -> int:
+    """How many states are kept: one before every run of whole chunks, and one before the ragged
+    chunk at the end; `tokens` may be symbolic."""
+    chunk = chunk_of(chunk_size)
+    whole, ragged = tokens // chunk, tokens % chunk
+    return -(-whole // chunks_of_a_run(chunk)) - (-ragged // chunk)
 
 
 def before(seg: Tensor, reverse: bool) -> Tensor:

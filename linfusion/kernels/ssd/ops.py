@@ -18,8 +18,8 @@ from linfusion.kernels.ssd.common import accumulator, kept_states
 
 _CHOICES = "SymInt chunk_size, bool reverse, str impl"
 
-# Steps dt and log-decays a [B, L, H] are those that the recurrence uses, in the dtype of the states;
-# skip is D [B, H, P]. What is kept for the backward are some states, see `kept_states`.
+# Steps dt and log-decays a [B, L, H] are those that the recurrence uses, in the dtype of the
+# states; skip is D [B, H, P]. What is kept for the backward are some states, see `kept_states`.
 LIBRARY.define(
     "ssd_scan(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? skip, Tensor? initial, "
     f"Tensor? seg, {_CHOICES}) -> (Tensor y, Tensor final, Tensor kept)"
@@ -56,13 +56,13 @@ def _kernels(impl: str) -> ModuleType:
 
 
 def _scan(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *args, impl = args
-    return _kernels(impl).scan(x, *args)
+    *rest, impl = args
+    return _kernels(impl).scan(x, *rest)
 
 
 def _scan_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *args, impl = args
-    return _kernels(impl).scan_backward(dy, *args)
+    *rest, impl = args
+    return _kernels(impl).scan_backward(dy, *rest)
 
 
 def _scan_fake(
@@ -83,7 +83,7 @@ def _scan_fake(
     return (
         x.new_empty(x.shape),
         x.new_empty(batch, *state, dtype=dtype),
-        x.new_empty(batch, kept_states(length, chunk_size, impl), *state, dtype=dtype),
+        x.new_empty(batch, kept_states(length, chunk_size), *state, dtype=dtype),
     )
 
 
