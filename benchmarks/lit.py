@@ -18,7 +18,7 @@ WIDTH, SOFTMAX_HEADS = 1152, 16
 TOKENS = (256, 1024, 4096, 16384)  # 256, 512, 1024 and 2048 px
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = (256, 512, 1024, 2048)
-BLOCKS = 4  # of 28 that are all the same: at 2048 px softmax takes minutes for these
+BLOCKS = 2  # of 28 that are all the same: at 2048 px softmax takes a minute for these
 
 
 def _tokens(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

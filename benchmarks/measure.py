@@ -80,18 +80,25 @@ def compare(
     runs: int,
     errors: dict[str, float] | None = None,
     before: dict[str, Callable[[], object]] | None = None,
+    warm: bool = True,
 ) -> list[Row]:
     """Run every rival in turn, `runs` times after one warm-up; the first is the one to beat.
 
     Args:
         before: what to do, off the clock, ahead of each run of a rival.
+        warm: False for work of minutes: no warm-up, and the first run is timed and weighed at once.
     """
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     memory: dict[str, float] = {}
-    for turn in range(runs + 1):
+    for turn in range(runs + 1 if warm else runs):
         for name, run in rivals.items():
             if before is not None:
                 before[name]()
+            if turn == 0 and not warm:
+                _, took, extra = measure(run)
+                seconds[name].append(took)
+                memory[name] = float("nan") if extra is None else extra / 2**20
+                continue
             if turn == 0:
                 run()  # buffers, packed weights and threads are set up once
                 memory[name] = peak_extra_mb(run)

@@ -176,7 +176,7 @@ def measured_lit(rows: list[dict[str, str]], where: str) -> str:
         + "."
     )
     parts.append(
-        "One evaluation of 4 of the 28 equal blocks of DiT-XL/2 with its embeddings and head"
+        "One evaluation of 2 of the 28 equal blocks of DiT-XL/2 with its embeddings and head"
         " (random weights, bf16, batch 1):"
     )
     table = [["pixels", "softmax", "LiT", ""]]

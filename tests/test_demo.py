@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,41 +15,52 @@ import linfusion
 from linfusion import weights, zoo
 from linfusion.cli.measure import human_bytes, measure
 from tests.tiny import tiny_sd_pipeline
+from tests.tiny_joint import tiny_flux, tiny_flux_pipeline
 
 
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
-    """The module examples/demo.py; `zoo:emoji` is a tiny pipeline, drawn at two sizes."""
+    """The module examples/demo.py; the zoo's models are tiny, drawn at two sizes."""
     pipe = tiny_sd_pipeline(image_encoder=None)
     pipe.save_pretrained(tmp_path / "emoji")
     weights.save(linfusion.linearize(pipe), tmp_path / "emoji" / "linfusion")
+    flux = tiny_flux_pipeline(transformer=tiny_flux(guidance_embeds=False))
+    flux.save_pretrained(tmp_path / "emoji-flux")
+    weights.save(linfusion.linearize(flux, "clear", radius=2), tmp_path / "emoji-flux" / "clear-2")
     monkeypatch.setattr(zoo, "_ROOT", tmp_path)
     file = Path(__file__).parents[1] / "examples" / "demo.py"
     spec = importlib.util.spec_from_file_location("demo", file)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "demo", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "PLAN", {64: (2, 1), 128: (1, 1)})
+    plan = {64: (2, 1), 128: (1, 1)}
+    (emoji,) = module.MODELS
+    sides = {"softmax": {"linear": False}, "clear-2": {"student": "clear-2"}}
+    flux = module.Shown("emoji-flux", sides, {32: (1, 1)}, guidance=3.0, token=4)
+    monkeypatch.setattr(module, "MODELS", (replace(emoji, plan=plan), flux))
     return module
 
 
-def test_the_demo_draws_both_sides_and_prints_their_cost(demo, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path / "out")])
+def test_the_demo_draws_all_sides_and_prints_their_cost(demo, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(out)])
     demo.main()
-    pictures = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert pictures == [
-        "a-pizza-64-linear.png",
-        "a-pizza-64-softmax.png",
-        "a-red-heart-128-linear.png",
-        "a-red-heart-128-softmax.png",
-        "a-red-heart-64-linear.png",
-        "a-red-heart-64-softmax.png",
-        "contact-sheet.png",
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*.png")) == [
+        "emoji-flux/a-red-heart-32-clear-2.png",
+        "emoji-flux/a-red-heart-32-softmax.png",
+        "emoji-flux/contact-sheet.png",
+        "emoji/a-pizza-64-linear.png",
+        "emoji/a-pizza-64-softmax.png",
+        "emoji/a-red-heart-128-linear.png",
+        "emoji/a-red-heart-128-softmax.png",
+        "emoji/a-red-heart-64-linear.png",
+        "emoji/a-red-heart-64-softmax.png",
+        "emoji/contact-sheet.png",
     ]
-    assert Image.open(tmp_path / "out" / "a-red-heart-128-linear.png").size == (128, 128)
-    out = capsys.readouterr().out
-    assert "128 px" in out
-    assert "6 pictures and contact-sheet.png" in out
+    assert Image.open(out / "emoji" / "a-red-heart-128-linear.png").size == (128, 128)
+    printed = capsys.readouterr().out
+    assert "128 px" in printed and "zoo:emoji-flux" in printed
+    assert "8 pictures and 2 contact sheets" in printed
 
 
 def test_the_peak_of_memory_is_what_the_work_allocates():

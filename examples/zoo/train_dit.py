@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from functools import partial
 from pathlib import Path
 
 import data
@@ -19,7 +20,6 @@ import torch
 from classes import CLASSES, class_of
 from diffusers import AutoencoderKL, DDPMScheduler, DiTTransformer2DModel
 from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image
 from torch import nn
 
 from linfusion.pipelines import DiTPipeline
@@ -98,23 +98,13 @@ def preview(pipe: DiTPipeline, file: Path) -> None:
         guidance_scale=3.0,
         generator=torch.Generator().manual_seed(0),
     ).images
-    sheet = Image.new("RGB", (SIZE * len(CLASSES), SIZE * 2))
-    for i, image in enumerate(images):
-        sheet.paste(image, (SIZE * (i % len(CLASSES)), SIZE * (i // len(CLASSES))))
-    sheet.save(file)
+    loop.sheet(images, len(CLASSES), SIZE).save(file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of the pictures; fetched when not given")
+    loop.add_arguments(parser, output="runs/dit", steps=12000, batch_size=32, learning_rate=1e-3)
     parser.add_argument("--vae", type=Path, default=ZOO_VAE)
-    parser.add_argument("--output", type=Path, default=Path("runs/dit"))
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--preview-every", type=int, default=1000)
-    parser.add_argument("--checkpoint-every", type=int, default=250, help="steps")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -127,34 +117,16 @@ def main() -> None:
     tie_embedders(dit)
     for block in dit.transformer_blocks:
         block.attn1.set_processor(AttnProcessor())  # 64 tokens: faster than fused on the CPU
-    # What previews and the pipeline have; tied like the model, so that parameters correspond.
-    averaged = copy.deepcopy(dit)
     names = dict(enumerate(CLASSES))
-    pipe = DiTPipeline(averaged, vae, scheduler, id2label=names)
+    pipe = DiTPipeline(dit, vae, scheduler, id2label=names)
 
-    params, ema = list(dit.parameters()), list(averaged.parameters())
+    params = list(dit.parameters())
     print(f"{sum(p.numel() for p in params):,} parameters, {len(items)} pictures", flush=True)
     optimizer = torch.optim.AdamW(
         params, args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, foreach=True
     )
-    first = 0
-    checkpoint = args.output / "checkpoint.pt"
-    if state := loop.load(checkpoint):
-        with torch.no_grad():
-            torch._foreach_copy_(params, state["params"])
-            torch._foreach_copy_(ema, state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-        torch.set_rng_state(state["torch_rng"])
-    order: list[int] = state["order"] if state else []
 
-    clock = loop.Clock(50)
-    for step in range(first + 1, args.steps + 1):
-        rate = loop.learning_rate(step, args.steps, args.learning_rate, 300)
-        optimizer.param_groups[0]["lr"] = rate
-        if len(order) < args.batch_size:
-            order += torch.randperm(len(items)).tolist()
-        index, order = order[: args.batch_size], order[args.batch_size :]
+    def losses(index: list[int]) -> dict[str, torch.Tensor]:
         clean = latents[index]
         noise = torch.randn_like(clean)
         t = torch.randint(0, scheduler.config.num_train_timesteps, (len(index),))
@@ -163,28 +135,13 @@ def main() -> None:
         noisy = scheduler.add_noise(clean, noise, t)
         with torch.autocast("cpu", torch.bfloat16):
             out = dit(noisy, t, labels).sample
-        losses = hybrid_losses(
+        found = hybrid_losses(
             out, None, noise, noisy, clean, t, scheduler, kd_noise=0.0, kd_variance=0.0
         )
-        losses.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loop.ema_update(ema, params, min(0.999, (1 + step) / (10 + step)))
-        clock.log(step, simple=losses.simple.detach(), bound=losses.bound.detach(), norm=norm)
-        if step % args.checkpoint_every == 0 or step == args.steps:
-            loop.save(
-                checkpoint,
-                params=[p.detach() for p in params],
-                ema=[p.detach() for p in ema],
-                optimizer=optimizer.state_dict(),
-                step=step,
-                torch_rng=torch.get_rng_state(),
-                order=order,
-            )
-        if step % args.preview_every == 0 or step == args.steps:
-            preview(pipe, args.output / f"preview-{step}.png")
-    pipe = DiTPipeline(untied(averaged), vae, scheduler, id2label=names)
+        return {"loss": found.total, "simple": found.simple, "bound": found.bound}
+
+    loop.run(args, params, [optimizer], len(items), losses, partial(preview, pipe), warmup=300)
+    pipe = DiTPipeline(untied(dit), vae, scheduler, id2label=names)
     pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
 
 

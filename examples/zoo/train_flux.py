@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from functools import partial
 from pathlib import Path
 
 import data
@@ -23,7 +24,6 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
-from PIL import Image
 from train_unet import PROMPTS, encode
 from transformers import T5EncoderModel
 
@@ -111,7 +111,7 @@ def _states(tokenizer, encoder: T5EncoderModel, captions: list[str], length: int
 
 
 @torch.no_grad()
-def preview(pipe: FluxPipeline, file: Path, size: int) -> None:
+def preview(pipe: FluxPipeline, size: int, file: Path) -> None:
     """One row of pictures for PROMPTS, always from the same noise."""
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
@@ -124,10 +124,7 @@ def preview(pipe: FluxPipeline, file: Path, size: int) -> None:
         max_sequence_length=text.T5_LENGTH,
         generator=torch.Generator().manual_seed(0),
     ).images
-    sheet = Image.new("RGB", (size * len(images), size))
-    for i, image in enumerate(images):
-        sheet.paste(image, (i * size, 0))
-    sheet.save(file)
+    loop.sheet(images, len(images), size).save(file)
 
 
 def optimizers(
@@ -155,17 +152,17 @@ def optimizers(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of the pictures; fetched when not given")
+    loop.add_arguments(
+        parser,
+        output="runs/flux",
+        steps=3000,
+        batch_size=48,
+        learning_rate=2e-3,
+        preview_every=500,
+    )
     parser.add_argument("--vae", type=Path, default=Path("linfusion/zoo/emoji/vae"))
     parser.add_argument("--init", type=Path, help="pipeline whose weights to go on from")
-    parser.add_argument("--output", type=Path, default=Path("runs/flux"))
     parser.add_argument("--size", type=int, default=SIZE, help="of the pictures, in pixels")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--preview-every", type=int, default=500)
-    parser.add_argument("--checkpoint-every", type=int, default=250, help="steps")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -191,66 +188,21 @@ def main() -> None:
         part.train()
 
     params, both = optimizers(pipe, args.learning_rate)
-    ema = [p.detach().clone() for p in params]
-    first = 0
-    checkpoint = args.output / "checkpoint.pt"
-    if state := loop.load(checkpoint):
-        with torch.no_grad():
-            torch._foreach_copy_(params, state["params"])
-        for optimizer, kept in zip(both, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        ema, first = state["ema"], state["step"]
-        torch.set_rng_state(state["torch_rng"])
-        version, internal, gauss = state["python_rng"]
-        rng.setstate((version, tuple(internal), gauss))
-    order: list[int] = state["order"] if state else []
 
-    clock = loop.Clock(50)
-    for step in range(first + 1, args.steps + 1):
-        for optimizer in both:
-            rate = loop.learning_rate(step, args.steps, args.learning_rate, 200)
-            optimizer.param_groups[0]["lr"] = rate
-        if len(order) < args.batch_size:
-            order += torch.randperm(len(items)).tolist()
-        index, order = order[: args.batch_size], order[args.batch_size :]
+    def losses(index: list[int]) -> dict[str, torch.Tensor]:
         captions = [text.vary(items[i].captions, rng) for i in index]
         clean = latents[index]
         noise = torch.randn_like(clean)
         sigma = torch.randn(len(index)).sigmoid()  # logit-normal, as Stable Diffusion 3
         s = sigma[:, None, None, None]
+        noisy = (1 - s) * clean + s * noise
         with torch.autocast("cpu", torch.bfloat16):
-            v = velocity(pipe, (1 - s) * clean + s * noise, sigma, captions, rng.choice(LENGTHS))
-        loss = F.mse_loss(v.float(), noise - clean)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        for optimizer in both:
-            optimizer.step()
-            optimizer.zero_grad()
-        loop.ema_update(ema, params, min(0.999, (1 + step) / (10 + step)))
-        clock.log(step, loss=loss.detach(), norm=norm)
-        if step % args.checkpoint_every == 0 or step == args.steps:
-            loop.save(
-                checkpoint,
-                params=[p.detach() for p in params],
-                optimizers=[optimizer.state_dict() for optimizer in both],
-                ema=ema,
-                step=step,
-                torch_rng=torch.get_rng_state(),
-                python_rng=rng.getstate(),
-                order=order,
-            )
-        if step % args.preview_every == 0 or step == args.steps:
-            kept = [p.detach().clone() for p in params]
-            rng_state = torch.get_rng_state()
-            with torch.no_grad():
-                torch._foreach_copy_(params, ema)
-            preview(pipe, args.output / f"preview-{step}.png", args.size)
-            if step == args.steps:
-                pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
-            else:
-                with torch.no_grad():
-                    torch._foreach_copy_(params, kept)
-                torch.set_rng_state(rng_state)
+            v = velocity(pipe, noisy, sigma, captions, rng.choice(LENGTHS))
+        return {"loss": F.mse_loss(v.float(), noise - clean)}
+
+    draw = partial(preview, pipe, args.size)
+    loop.run(args, params, both, len(items), losses, draw, rng=rng)
+    pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
 
 
 if __name__ == "__main__":

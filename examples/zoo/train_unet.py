@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from functools import partial
 from pathlib import Path
 
 import data
@@ -19,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image
 from transformers import CLIPTokenizer
 
 SIZE = 128
@@ -93,26 +93,16 @@ def preview(pipe: StableDiffusionPipeline, file: Path) -> None:
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(0),
     ).images
-    sheet = Image.new("RGB", (SIZE * len(images), SIZE))
-    for i, image in enumerate(images):
-        sheet.paste(image, (i * SIZE, 0))
-    sheet.save(file)
+    loop.sheet(images, len(images), SIZE).save(file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of the pictures; fetched when not given")
+    loop.add_arguments(parser, output="runs/unet", steps=9900, batch_size=32, learning_rate=1.3e-3)
     parser.add_argument("--vae", type=Path, default=Path("runs/vae/vae"))
     parser.add_argument(
         "--init", type=Path, help="pipeline whose text encoder and UNet to go on from"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/unet"))
-    parser.add_argument("--steps", type=int, default=9900)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1.3e-3)
-    parser.add_argument("--preview-every", type=int, default=1000)
-    parser.add_argument("--checkpoint-every", type=int, default=250, help="steps")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -146,26 +136,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         params, args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
     )
-    ema = [p.detach().clone() for p in params]
-    first = 0
-    checkpoint = args.output / "checkpoint.pt"
-    if state := loop.load(checkpoint):
-        with torch.no_grad():
-            torch._foreach_copy_(params, state["params"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema, first = state["ema"], state["step"]
-        torch.set_rng_state(state["torch_rng"])
-        version, internal, gauss = state["python_rng"]
-        rng.setstate((version, tuple(internal), gauss))
-    order: list[int] = state["order"] if state else []
 
-    clock = loop.Clock(50)
-    for step in range(first + 1, args.steps + 1):
-        rate = loop.learning_rate(step, args.steps, args.learning_rate, 200)
-        optimizer.param_groups[0]["lr"] = rate
-        if len(order) < args.batch_size:
-            order += torch.randperm(len(items)).tolist()
-        index, order = order[: args.batch_size], order[args.batch_size :]
+    def losses(index: list[int]) -> dict[str, torch.Tensor]:
         captions = [text.vary(items[i].captions, rng) for i in index]
         tokens = tokenizer(
             captions,
@@ -180,36 +152,10 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             states = text_encoder(tokens).last_hidden_state
             v = unet(scheduler.add_noise(clean, noise, t), t, states).sample
-        loss = F.mse_loss(v.float(), scheduler.get_velocity(clean, noise, t))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loop.ema_update(ema, params, min(0.999, (1 + step) / (10 + step)))
-        clock.log(step, loss=loss.detach(), norm=norm)
-        if step % args.checkpoint_every == 0 or step == args.steps:
-            loop.save(
-                checkpoint,
-                params=[p.detach() for p in params],
-                optimizer=optimizer.state_dict(),
-                ema=ema,
-                step=step,
-                torch_rng=torch.get_rng_state(),
-                python_rng=rng.getstate(),
-                order=order,
-            )
-        if step % args.preview_every == 0 or step == args.steps:
-            kept = [p.detach().clone() for p in params]
-            rng_state = torch.get_rng_state()
-            with torch.no_grad():
-                torch._foreach_copy_(params, ema)
-            preview(pipe, args.output / f"preview-{step}.png")
-            if step == args.steps:
-                pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
-            else:
-                with torch.no_grad():
-                    torch._foreach_copy_(params, kept)
-                torch.set_rng_state(rng_state)
+        return {"loss": F.mse_loss(v.float(), scheduler.get_velocity(clean, noise, t))}
+
+    loop.run(args, params, [optimizer], len(items), losses, partial(preview, pipe), rng=rng)
+    pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
 
 
 if __name__ == "__main__":

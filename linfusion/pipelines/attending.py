@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linfusion.kernels import LinearState, linear_read, linear_state
+from linfusion.kernels.window_attention.blocks import plan
 from linfusion.pipelines.rows import RULES, Node, Rows, map_rows
 from linfusion.pipelines.tokens import held, whole
 
@@ -102,11 +103,20 @@ def _window_attention(
     keys = sum(pair[0].shape[1] for pair in seen if pair is not None)
     keys += min(k_.shape[1], math.ceil(math.pi * radius**2))
     engine.flops += 4 * math.prod(q_.shape) * keys
-    if engine.dry:
-        out = torch.empty(q_.shape, dtype=v_.dtype, device="meta")
-    else:
-        out = func(q_, k_, v_, grid=grid, radius=radius, context=seen[0], pooled=seen[1], **options)
-    return Rows(Node.leaf(engine, engine.store.adopt(out, 1, 1)))
+    with engine.store.beside(_scratch(q_, grid, radius)):
+        if engine.dry:
+            out = torch.empty(q_.shape, dtype=v_.dtype, device="meta")
+        else:
+            out = func(
+                q_, k_, v_, grid=grid, radius=radius, context=seen[0], pooled=seen[1], **options
+            )
+        return Rows(Node.leaf(engine, engine.store.adopt(out, 1, 1)))
+
+
+def _scratch(q: Tensor, grid: tuple[int, ...], radius: float) -> int:
+    """Bytes of the blocked kernel's copies of a block of tiles, and of what comes of them."""
+    block = plan(tuple(grid), radius, q.shape[2], q.shape[3])
+    return 4 * (3 * block.queries + 2 * block.keys)
 
 
 RULES.update(

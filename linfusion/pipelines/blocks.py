@@ -46,12 +46,11 @@ def call_in_blocks(
     engine: Engine,
 ) -> Any:
     """The model's forward, with what is large in each of its blocks left to the engine."""
-    blocks = [
-        *model.transformer_blocks, *getattr(model, "single_transformer_blocks", []), model.norm_out
-    ]  # fmt: skip
+    before = [model.x_embedder] if hasattr(model, "x_embedder") else []
+    blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
     announce()
     with contextlib.ExitStack() as stack:
-        for block in blocks:
+        for block in [*before, *blocks, model.norm_out, model.proj_out]:
             stack.enter_context(around(block, functools.partial(_in_bands, engine)))
         stack.enter_context(engine.store.beside(_beside(model, inputs)))
         return forward(**inputs)

@@ -98,14 +98,16 @@ def forecast(
     """
     budget = None if memory_budget is None else parse_bytes(memory_budget)
     wanted = list(_pieces(job))
-    found = [_dry(pipe, sibling, job, Memory(pipe, job, budget), scratch, *w) for w in wanted]
-    if None in found:
-        at = found.index(None)
-        need = _smallest(pipe, sibling, job, scratch, wanted[at:], budget or 0)
-        raise ValueError(
-            f"memory_budget: got {memory_budget!r}; {job.width}×{job.height} needs at least"
-            f" {math.ceil(need / 1e6)}MB" + ("" if scratch else ", or less with scratch=a folder")
-        )
+    with _encoding_once(pipe, sibling):
+        found = [_dry(pipe, sibling, job, Memory(pipe, job, budget), scratch, *w) for w in wanted]
+        if None in found:
+            at = found.index(None)
+            need = _smallest(pipe, sibling, job, scratch, wanted[at:], budget or 0)
+            raise ValueError(
+                f"memory_budget: got {memory_budget!r}; {job.width}×{job.height} needs at least"
+                f" {math.ceil(need / 1e6)}MB"
+                + ("" if scratch else ", or less with scratch=a folder")
+            )
     works = tuple(w for w in found if w is not None)
     spill = max(w.scratch_bytes for w in works)
     if scratch is not None and spill > (free := shutil.disk_usage(scratch).free):
@@ -114,6 +116,35 @@ def forecast(
             " memory_budget"
         )
     return works
+
+
+@contextlib.contextmanager
+def _encoding_once(*pipes: Any) -> Iterator[None]:
+    """Within, each pipeline encodes a prompt once: every dry run asks for it again."""
+    known: dict[tuple[str, ...], Any] = {}
+
+    def wrapped(encode: Callable[..., Any]) -> Callable[..., Any]:
+        def once(*args: Any, **kwargs: Any) -> Any:
+            key = (encode.__qualname__, repr(args), repr(kwargs))
+            if key not in known:
+                known[key] = encode(*args, **kwargs)
+            return known[key]
+
+        return once
+
+    with contextlib.ExitStack() as undo:
+        for pipe in pipes:
+            before = pipe.__dict__.get("encode_prompt")
+            undo.callback(_put_back, pipe, "encode_prompt", before)
+            pipe.encode_prompt = wrapped(pipe.encode_prompt)
+        yield
+
+
+def _put_back(pipe: Any, name: str, value: Any) -> None:
+    if value is None:
+        delattr(pipe, name)
+    else:
+        setattr(pipe, name, value)
 
 
 def make_plan(

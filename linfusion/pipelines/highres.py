@@ -1,4 +1,4 @@
-"""From a prompt or a picture to 2K, 4K, 8K and 16K, whole-image attention at every stage."""
+"""From a prompt or a picture to 2K, 4K, 8K and 16K, the whole picture at every stage."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ class HighResPipeline:
             once, on the device it runs on; None sets no limit. Python's libraries are not counted.
         scratch: folder for what does not fit into the budget; without it, it is computed again.
         clear: attention of the later stages of FLUX and Stable Diffusion 3; the base picture has
-            full attention. True: as the pipeline is linearized, else CLEAR of radius 8 with the
-            authors' settings for large pictures, put on for the run; or options of
-            `linfusion.linearize(pipe, "clear", ...)` beside those, such as `{"weights": ...}`.
-            False: every stage as the pipeline is.
+            full attention. Options of `linfusion.linearize(pipe, "clear", ...)`, such as
+            `{"weights": ...}`, beside the authors' for large pictures: CLEAR is put on for the run.
+            True: as the pipeline is linearized, else with radius 8 and without weights, of which a
+            warning tells. False: every stage as the pipeline is.
 
     Raises:
         ValueError: no such pipeline, no such budget, no such folder, no such setting.

@@ -9,7 +9,7 @@ import torch
 
 import linfusion
 from linfusion.kernels import window_attention
-from linfusion.pipelines import budget
+from linfusion.pipelines import attending, budget
 from linfusion.pipelines.bounded import bounded
 from tests.tiny_joint import (
     SD35,
@@ -83,7 +83,8 @@ def test_a_dry_run_counts_what_a_run_takes(name, window):
 
 
 @pytest.mark.parametrize("window", ["softmax", "windows"])
-def test_the_hidden_layer_of_a_feed_forward_is_never_whole(window):
+def test_the_hidden_layer_of_a_feed_forward_is_never_whole(window, monkeypatch):
+    monkeypatch.setattr(attending, "_scratch", lambda *_: 0)  # it does not grow with the tokens
     model = make("flux", WINDOWS[window])
     inputs = flux_inputs(64, 64)
     width, tokens = 32, 64 * 64 + 6
@@ -143,3 +144,35 @@ def test_flux_controlnets_are_refused():
         bounded(tiny_flux_controlnet()),
     ):
         pass
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_bands_are_as_near_in_half_precision(name, dtype):
+    model, inputs = make(name, WINDOWS["windows"]), MODELS[name][1](7, 13)
+    exact = forward(model, inputs)
+    half = {k: v if k.endswith("ids") else v.to(dtype) for k, v in inputs.items()}
+    model.to(dtype)
+    whole = forward(model, half).float()
+    with bounded(model):
+        banded = forward(model, half).float()
+    assert (banded - exact).abs().max() <= 2 * (whole - exact).abs().max() + 1e-6
+
+
+def test_a_dry_run_takes_no_memory_for_tokens():
+    model = linfusion.linearize(tiny_flux(num_attention_heads=4), "clear", radius=2.5)
+    inputs = flux_inputs(64, 64)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not out.is_meta and out.is_floating_point():
+                largest = max(largest, out.untyped_storage().nbytes())
+            return out
+
+    with bounded(model, dry=True), Watch():
+        forward(model, inputs)
+    # Latents and the table of rotations have 16 channels, at most in float64, the tokens 64.
+    assert largest < 64 * 64 * 64 * 4

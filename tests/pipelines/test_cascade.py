@@ -412,6 +412,16 @@ def test_true_guidance_is_counted_as_two_forwards():
     assert highres.plan(**call, negative_prompt="b", true_cfg_scale=2.0).work[0].flops == 2 * once
 
 
+def test_a_forecast_encodes_the_prompt_once_a_pipeline():
+    pipe = tiny_flux_pipeline()
+    calls = []
+    pipe.text_encoder_2.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match="memory_budget"):  # after many dry runs
+        HighResPipeline(pipe, clear=WINDOW, memory_budget="1MB").plan("a", size=64, measure=False)
+    assert len(calls) == 2
+    assert "encode_prompt" not in pipe.__dict__
+
+
 def test_a_plan_of_flux_estimates_time():
     plan = HighResPipeline(tiny_flux_pipeline(), clear=WINDOW).plan("a", size=64, base_size=32)
     assert plan.seconds > 0
