@@ -16,6 +16,7 @@ from benchmarks.linear import core, layer, scaling
 from benchmarks.lit import convolution, heads, step
 from benchmarks.lit import core as lit_core
 from benchmarks.measure import HEADER, Row, keep, line, machine
+from benchmarks.ssd import mamba2
 from benchmarks.unet import SIZES, unet
 from benchmarks.window import flex, softmax
 from benchmarks.window import scaling as window_scaling
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "dit": (step,),
     "window": (flex, softmax, window_scaling),
     "flux": (flux,),
+    "ssd": (mamba2,),
 }
 
 
