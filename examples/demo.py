@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for pictures")
     options = parser.parse_args()
     count = sum(show(shown, options.output) for shown in MODELS)
-    print(f"{count} pictures and {len(MODELS)} contact sheets are in {options.output}/")
+    print(f"{count} pictures are in {options.output}/, with a contact sheet of each model")
 
 
 if __name__ == "__main__":
