@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,9 +48,9 @@ class VarianceTeacher(Teacher):
         }
         return inputs, torch.cat([noise, latents], 1)
 
+    @abstractmethod
     def conditions(self, batch: Batch) -> dict[str, Any]:
         """Arguments of the denoiser that say what is in the picture."""
-        raise NotImplementedError
 
 
 class ClassTeacher(VarianceTeacher):
