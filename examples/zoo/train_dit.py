@@ -1,6 +1,6 @@
 """Train the zoo's class-conditional DiT on the VAE's latents: LiT's softmax teacher.
 
-    python examples/zoo/train_dit.py --output runs/dit --steps 12000
+    python examples/zoo/train_dit.py --output runs/dit --steps 8000
 
 Loss and network are DiT's (Peebles & Xie 2023) at the size of the zoo: noise and learned variance,
 adaLN-zero, labels dropped for classifier-free guidance. A run that was stopped goes on from its
@@ -103,7 +103,7 @@ def preview(pipe: DiTPipeline, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    loop.add_arguments(parser, output="runs/dit", steps=12000, batch_size=32, learning_rate=1e-3)
+    loop.add_arguments(parser, output="runs/dit", steps=8000, batch_size=32, learning_rate=1e-3)
     parser.add_argument("--vae", type=Path, default=ZOO_VAE)
     args = parser.parse_args()
 
@@ -120,6 +120,7 @@ def main() -> None:
     names = dict(enumerate(CLASSES))
     pipe = DiTPipeline(dit, vae, scheduler, id2label=names)
 
+    compiled = torch.compile(dit, dynamic=False)
     params = list(dit.parameters())
     print(f"{sum(p.numel() for p in params):,} parameters, {len(items)} pictures", flush=True)
     optimizer = torch.optim.AdamW(
@@ -134,7 +135,7 @@ def main() -> None:
         labels = torch.where(dropped, len(CLASSES), classes[index])
         noisy = scheduler.add_noise(clean, noise, t)
         with torch.autocast("cpu", torch.bfloat16):
-            out = dit(noisy, t, labels).sample
+            out = compiled(noisy, t, labels).sample
         found = hybrid_losses(
             out, None, noise, noisy, clean, t, scheduler, kd_noise=0.0, kd_variance=0.0
         )
