@@ -1,4 +1,4 @@
-"""Write the emoji as an image folder with captions, which `linfusion train` and `eval` read.
+"""Write the emoji as an image folder with captions and classes, which `linfusion train` and `eval` read.
 
 python examples/zoo/export.py --output runs/emoji --size 256
 """
@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import data
+from classes import class_of
 from PIL import Image
 
 
@@ -32,7 +33,8 @@ def main() -> None:
         for item, pixels in zip(items, data.load_pixels(items, args.size), strict=True):
             name = f"{item.file.stem}.png"
             Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp / name)
-            lines.write(json.dumps({"file_name": name, "text": item.captions[0]}) + "\n")
+            row = {"file_name": name, "text": item.captions[0], "class": class_of(item)}
+            lines.write(json.dumps(row) + "\n")
     os.replace(tmp, args.output)
     print(f"{len(items)} pictures in {args.output}")
 
