@@ -37,7 +37,7 @@ def bytheway(
             frames = pipe("a corgi on a skateboard", num_frames=16).frames[0]
 
     Args:
-        pipe: any pipeline with a UNetMotionModel as `unet`, and a scheduler.
+        pipe: any pipeline of diffusers with a UNetMotionModel as `unet`.
         alpha: how far the maps are drawn towards those of up_blocks.1, 0 to 1. The defaults are
             the authors' for AnimateDiff; for VideoCrafter2 they take 0.1 and `beta` 10.
         beta: least factor of the high frequencies, 0 or more.
@@ -147,9 +147,8 @@ class _Run:
         """Before the UNet: is this one of the first steps?"""
         self.first.clear()
         now = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).flatten()[0]
-        scheduler = self.pipe.scheduler
-        # a picture-to-video run begins in the middle of the schedule
-        steps = scheduler.timesteps[getattr(scheduler, "begin_index", None) or 0 :]
+        # a video-to-video run begins in the middle of the schedule
+        steps = self.pipe.scheduler.timesteps[-self.pipe.num_timesteps :]
         count = math.ceil(self.share * len(steps) - 1e-9)
         self.active = bool((steps[:count].cpu() == now.cpu()).any())
 

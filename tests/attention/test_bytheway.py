@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AnimateDiffPipeline, MotionAdapter, UNetMotionModel
+from diffusers import (
+    AnimateDiffPipeline,
+    AnimateDiffVideoToVideoPipeline,
+    MotionAdapter,
+    UNetMotionModel,
+)
 
 from linfusion.attention.bytheway import bytheway, energy, enhanced
-from tests.tiny import TEXT_WIDTH, tiny_motion_unet, tiny_sd_components, tiny_sd_pipeline
+from tests.tiny import (
+    TEXT_WIDTH,
+    tiny_image,
+    tiny_motion_unet,
+    tiny_sd_components,
+    tiny_sd_pipeline,
+)
 
 FRAMES = 4
 OFF = {"alpha": 0.0, "beta": 0.0, "tau": 1}  # β_c = 1: the identity
@@ -191,23 +202,47 @@ def test_after_an_exception_too(pipe):
     assert not any(m._forward_pre_hooks for m in pipe.unet.modules())
 
 
-@pytest.mark.parametrize("steps, share, first", [(5, 0.2, 1), (5, 0.5, 3), (4, 0.2, 1), (5, 0, 0)])
-def test_it_works_in_the_first_steps_alone(pipe, monkeypatch, steps, share, first):
-    from linfusion.attention import bytheway as module
+@pytest.fixture
+def active_steps(monkeypatch):
+    """A callback for the pipeline, and the numbers of the steps in which maps were changed."""
+    found, step = set(), [0]
 
-    calls, step = [], [0]
-    inner = module.enhanced
-    monkeypatch.setattr(
-        module, "enhanced", lambda *a, **k: (calls.append(step[0]), inner(*a, **k))[1]
-    )
+    def counted(*args, **kwargs):
+        found.add(step[0])
+        return enhanced(*args, **kwargs)
 
     def count(pipe, i, t, kwargs):
         step[0] = i + 1
         return {}
 
+    monkeypatch.setattr("linfusion.attention.bytheway.enhanced", counted)
+    return count, found
+
+
+@pytest.mark.parametrize("steps, share, first", [(5, 0.2, 1), (5, 0.5, 3), (4, 0.2, 1), (5, 0, 0)])
+def test_it_works_in_the_first_steps_alone(pipe, active_steps, steps, share, first):
+    count, found = active_steps
     with bytheway(pipe, share=share, **ON):
         run(pipe, steps, callback_on_step_end=count)
-    assert sorted(set(calls)) == list(range(first))
+    assert found == set(range(first))
+
+
+def test_the_first_steps_are_those_of_the_run_where_it_begins_in_the_middle(pipe, active_steps):
+    count, found = active_steps
+    other = AnimateDiffVideoToVideoPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    with bytheway(other, share=0.4, **ON):
+        other(
+            [tiny_image()] * FRAMES,
+            prompt="a red apple",
+            num_inference_steps=10,
+            height=64,
+            width=64,
+            strength=0.5,
+            output_type="latent",
+            callback_on_step_end=count,
+        )
+    assert found == {0, 1}  # of 5
 
 
 def test_past_the_first_steps_the_bits_are_the_plain_ones(pipe):
