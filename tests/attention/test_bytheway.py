@@ -170,15 +170,15 @@ def test_without_guidance_and_factor_it_is_plain_attention(pipe, guidance):
     plain = run(pipe, guidance_scale=guidance)
     with bytheway(pipe, share=1.0, **OFF):
         found = run(pipe, guidance_scale=guidance)
-    # with the settings ON: 1e-3 and more
-    torch.testing.assert_close(found, plain, atol=2e-5, rtol=0)
+    # with the settings ON: 0.3
+    torch.testing.assert_close(found, plain, atol=5e-4, rtol=0)
 
 
 @pytest.mark.parametrize("setting", [{"alpha": 0.6, "beta": 0.0, "tau": 0}, ON])
 def test_guidance_and_factor_take_effect(pipe, setting):
     plain = run(pipe)
     with bytheway(pipe, share=1.0, **setting):
-        assert (run(pipe) - plain).abs().max() > 1e-3
+        assert (run(pipe) - plain).abs().max() > 0.05
 
 
 def test_afterwards_the_bits_are_those_of_before(pipe):

@@ -85,7 +85,7 @@ def test_any_split_gives_the_frames_of_the_whole(make, split):
     vae, z = tiny(make), latents(sum(split))
     whole = at_once(vae, z)
     found = streamed(StreamingVAEDecoder(vae, sum(split)), z, split)
-    # frames decoded without the ones before: 1e-3 and more
+    # frames decoded without the ones before: 0.4 and more
     torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
 
 
@@ -94,7 +94,7 @@ def test_frames_depend_on_the_ones_before(make):
     """What the test above has to see."""
     vae, z = tiny(make), latents(4)
     whole, alone = at_once(vae, z), at_once(vae, z[:, :, 2:])
-    assert (whole[:, :, -1] - alone[:, :, -1]).abs().max() > 1e-3
+    assert (whole[:, :, -1] - alone[:, :, -1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("make", VAES)
