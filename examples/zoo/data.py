@@ -40,14 +40,14 @@ def pictures(folder: str | Path | None = None) -> list[Emoji]:
     return [Emoji(file, names) for file in files if (names := captions(file.stem))]
 
 
-def fetch() -> Path:
-    """Download and unpack the npm package with `npm pack`; returns its folder."""
+def fetch(package: str = PACKAGE) -> Path:
+    """Download and unpack an npm package with `npm pack`; returns its folder."""
     cache = Path.home() / ".cache" / "linfusion"
-    target = cache / "fluent-emoji-3d"
+    target = cache / package.rpartition("/")[2]
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as tmp:
-            subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=tmp, check=True)
+            subprocess.run(["npm", "pack", "--silent", package], cwd=tmp, check=True)
             with tarfile.open(next(Path(tmp).glob("*.tgz"))) as tar:
                 tar.extractall(tmp, filter="data")
             (Path(tmp) / "package" / "assets").rename(target)
@@ -77,8 +77,13 @@ def load_pixels(items: list[Emoji], size: int) -> torch.Tensor:
     out = np.empty((len(items), size, size, 3), np.uint8)
     for i, item in enumerate(items):
         with Image.open(item.file) as im:
-            rgba = im.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            white.alpha_composite(rgba)
-            out[i] = white.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+            out[i] = over_white(im, size)
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
+
+
+def over_white(image: Image.Image, size: int) -> Image.Image:
+    """A picture, or the frame where an animation stands, over white and `size` pixels a side."""
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    white.alpha_composite(rgba)
+    return white.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)

@@ -18,6 +18,10 @@ _HOME = {
     "patch_features": "large",
     "repetition_score": "large",
     "seam_score": "large",
+    "clip_distances": "video_metrics",
+    "clip_features": "video_metrics",
+    "flicker": "video_metrics",
+    "motion": "video_metrics",
     "inception_features": "features",
     "random_features": "features",
 }
