@@ -30,6 +30,7 @@ __all__ = ["Launch", "Target", "scan", "scan_backward"]
 _SUM_HEADS = 8
 _PASS_BLOCK = 512
 _DECAYS_BLOCK = 1024
+_PLAIN = Step(1, 1, warps=4, stages=1)  # of kernels without products
 
 
 def scan(
@@ -232,7 +233,7 @@ def _launch(
     kernel: Any,
     programs: int,
     args: dict[str, Any],
-    step: Step = Step(1, 1, warps=4, stages=1),
+    step: Step = _PLAIN,
 ) -> None:
     # Whether a·b + c is fused is said here, since Triton 3.10 will change its default.
     options = {"num_warps": step.warps, "num_stages": step.stages, "enable_fp_fusion": True}

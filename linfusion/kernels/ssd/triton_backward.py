@@ -91,11 +91,11 @@ def ssd_bwd_keys(
     before the chunks; backward db, with Q = b, K = c, U = x, V = dy and the gradients of the states
     after them. Of each token and head also the sums over other tokens and over the state of what
     the token's decay is in."""
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     split = pid % splits
     g = pid // splits % groups
     tile = pid // splits // groups
-    b = tile // tl.cdiv(length, BM)
+    b = (tile // tl.cdiv(length, BM)).to(tl.int64)
     start = tile % tl.cdiv(length, BM) * BM
     first = start // CHUNK * CHUNK
     last = tl.minimum(first + CHUNK, length) - 1
@@ -104,8 +104,8 @@ def ssd_bwd_keys(
     n = tl.arange(0, BN)  # [BN]
     inside = i < length
     token = token_of(i, length, REVERSE)
-    Q += (b * q_sb + g * q_sh) * ALIGN
-    K += (b * k_sb + g * k_sh) * ALIGN
+    Q += (b * q_sb + g.to(tl.int64) * q_sh) * ALIGN
+    K += (b * k_sb + g.to(tl.int64) * k_sh) * ALIGN
     U += b * u_sb * ALIGN
     V += b * v_sb * ALIGN
     DT += b * length * heads
@@ -121,7 +121,7 @@ def ssd_bwd_keys(
     of_group = heads // groups
     share = tl.cdiv(of_group, splits)
     for r in range(split * share, tl.minimum((split + 1) * share, of_group)):
-        h = g * of_group + r
+        h = (g * of_group + r).to(tl.int64)
         S_h = S + h * 2 * length
         u = rows_of(U + h * u_sh * ALIGN, token, inside, p, u_sn, P, ALIGN).to(DOT)  # [BM, BP]
         state = state_of(STATES + h * (P * N), p, n, P, N).to(DOT)  # [BP, BN]
@@ -172,16 +172,18 @@ def ssd_bwd_decays(
     REVERSE: tl.constexpr,
 ):
     """da of one chunk and head."""
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid % heads
-    b = pid // heads // tl.cdiv(length, CHUNK)
+    pid = tl.program_id(0)
+    h = (pid % heads).to(tl.int64)
+    b = (pid // heads // tl.cdiv(length, CHUNK)).to(tl.int64)
     first = pid // heads % tl.cdiv(length, CHUNK) * CHUNK
     last = tl.minimum(first + CHUNK, length) - 1
+    STATES += pid.to(tl.int64) * SIZE
+    DSTATES += pid.to(tl.int64) * SIZE
     dot = tl.zeros([BLOCK], tl.float32)
     for start in range(0, SIZE, BLOCK):
         at = start + tl.arange(0, BLOCK)  # [BLOCK]
-        state = tl.load(STATES + pid * SIZE + at, mask=at < SIZE, other=0.0)
-        dot += state * tl.load(DSTATES + pid * SIZE + at, mask=at < SIZE, other=0.0)
+        state = tl.load(STATES + at, mask=at < SIZE, other=0.0)
+        dot += state * tl.load(DSTATES + at, mask=at < SIZE, other=0.0)
     S += (b * heads + h) * 2 * length
     through = tl.exp2(tl.load(S + last) + tl.load(S + length + last)) * tl.sum(dot, 0)
 

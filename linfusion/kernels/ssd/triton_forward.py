@@ -11,9 +11,10 @@ where the sum is in the thousands. A token that resets the state has the log-dec
 which float32 keeps nothing, so that no other kernel knows of segments. What a token must not see is
 set to -∞ before it is exponentiated: no product meets an overflow.
 
-The conventions are those of the linear kernels: one grid axis, int64 at once, strides divided by
-the constexpr `ALIGN`, no run-time integer specialised on, tiles upcast on load, and operands of a
-product rounded to `DOT`.
+The conventions are those of the linear kernels: one grid axis, strides divided by the constexpr
+`ALIGN`, no run-time integer specialised on, tiles upcast on load, and operands of a product rounded
+to `DOT`. Places are int32, and int64 before they meet a stride: arithmetic on int64 scalars spills
+on AMD.
 
 These kernels have been compiled for sm_80, sm_90, sm_100 and gfx942 and interpreted on a CPU; they
 have never run on a GPU.
@@ -25,8 +26,8 @@ import triton.language as tl
 
 @triton.jit
 def token_of(i, length, REVERSE: tl.constexpr):
-    """The token at place i."""
-    return length - 1 - i if REVERSE else i
+    """The token at place i, int64."""
+    return (length - 1 - i if REVERSE else i).to(tl.int64)
 
 
 @triton.jit
@@ -65,10 +66,9 @@ def to_the_edge(S, i, last, length, BACKWARD: tl.constexpr):
     high = tl.load(S + i, mask=i < length, other=0.0)
     low = tl.load(S + length + i, mask=i < length, other=0.0)
     if BACKWARD:
-        s = tl.load(S + last) - high + (tl.load(S + length + last) - low)
-    else:
-        s = high + low
-    return tl.exp2(tl.where(i < length, s, float("-inf")))
+        high = tl.load(S + last) - high
+        low = tl.load(S + length + last) - low
+    return tl.exp2(tl.where(i < length, high + low, float("-inf")))
 
 
 @triton.jit(do_not_specialize=["length", "heads"])
@@ -86,10 +86,10 @@ def ssd_cumsum(
     """Sums of the log-decays of one chunk and BH heads."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     FORGET: tl.constexpr = -256.0
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     h = pid % tl.cdiv(heads, BH) * BH + tl.arange(0, BH)  # [BH]
     pid = pid // tl.cdiv(heads, BH)
-    b = pid // tl.cdiv(length, CHUNK)
+    b = (pid // tl.cdiv(length, CHUNK)).to(tl.int64)
     i = pid % tl.cdiv(length, CHUNK) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
     mask = (i < length)[:, None] & (h < heads)[None, :]
     n = b * length + token_of(i, length, REVERSE)  # [CHUNK]
@@ -151,13 +151,13 @@ def ssd_states(
     backward what it adds to the gradient of the state before it, Σ_i exp(s_i) dy_i c_iᵀ."""
     P_TILES: tl.constexpr = (P + BP - 1) // BP
     N_TILES: tl.constexpr = (N + BN - 1) // BN
-    pid = tl.program_id(0).to(tl.int64)
-    p = (pid % P_TILES).to(tl.int32) * BP + tl.arange(0, BP)  # [BP]
-    n = (pid // P_TILES % N_TILES).to(tl.int32) * BN + tl.arange(0, BN)  # [BN]
+    pid = tl.program_id(0)
+    p = pid % P_TILES * BP + tl.arange(0, BP)  # [BP]
+    n = pid // P_TILES % N_TILES * BN + tl.arange(0, BN)  # [BN]
     pid = pid // (P_TILES * N_TILES)
-    h = pid % heads
+    h = (pid % heads).to(tl.int64)
     first = pid // heads % tl.cdiv(length, CHUNK) * CHUNK
-    b = pid // heads // tl.cdiv(length, CHUNK)
+    b = (pid // heads // tl.cdiv(length, CHUNK)).to(tl.int64)
     last = tl.minimum(first + CHUNK, length) - 1
     S += (b * heads + h) * 2 * length
     DT += b * length * heads + h
@@ -174,7 +174,7 @@ def ssd_states(
         k = rows_of(K, at, inside, n, k_sn, N, ALIGN)  # [BK, BN]
         v = rows_of(V, at, inside, p, v_sn, P, ALIGN) * w[:, None]  # [BK, BP]
         state = tl.dot(tl.trans(v.to(DOT)), k.to(DOT), state, input_precision=PRECISION)
-    STATES += pid * (P * N)
+    STATES += pid.to(tl.int64) * (P * N)
     mask = (p < P)[:, None] & (n < N)[None, :]
     tl.store(STATES + p[:, None] * N + n[None, :], state, mask=mask)
 
@@ -196,9 +196,9 @@ def ssd_pass(
     """Turn what each chunk adds into the state before it, h ← exp(s_Q) h + Σ, in place; backward
     into the gradient of the state after it, from the last chunk to the first."""
     BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
-    pid = tl.program_id(0).to(tl.int64)
-    i = (pid % BLOCKS).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    bh = pid // BLOCKS
+    pid = tl.program_id(0)
+    i = pid % BLOCKS * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    bh = (pid // BLOCKS).to(tl.int64)
     chunks = tl.cdiv(length, CHUNK)
     S += bh * 2 * length
     before = bh // heads * chunks + (chunks - 1 if BACKWARD else 0)  # int64
@@ -280,9 +280,9 @@ def ssd_read(
     """y of BM tokens of one head, with Q = c, K = b, V = x and the states before the chunks;
     backward dx, ddt and a share of dskip, with Q = b, K = c, V = dy and the gradients of the states
     after them."""
-    pid = tl.program_id(0).to(tl.int64)
-    h = pid % heads
-    b = pid // heads // tl.cdiv(length, BM)
+    pid = tl.program_id(0)
+    h = (pid % heads).to(tl.int64)
+    b = (pid // heads // tl.cdiv(length, BM)).to(tl.int64)
     start = pid // heads % tl.cdiv(length, BM) * BM
     first = start // CHUNK * CHUNK
     last = tl.minimum(first + CHUNK, length) - 1
@@ -327,7 +327,7 @@ def ssd_read(
         skip = tl.load(SKIP + (b * heads + h) * P + p, mask=p < P, other=0.0).to(tl.float32)
         if BACKWARD:
             dy = rows_of(V, token, inside, p, v_sn, P, ALIGN)  # [BM, BP]
-            tl.store(DSKIP + pid * P + p, tl.sum(dy * x, 0), mask=p < P)
+            tl.store(DSKIP + pid.to(tl.int64) * P + p, tl.sum(dy * x, 0), mask=p < P)
             o += skip[None, :] * dy
         else:
             o += skip[None, :] * x
