@@ -30,7 +30,7 @@ __all__ = ["Launch", "Target", "scan", "scan_backward"]
 _SUM_HEADS = 8
 _PASS_BLOCK = 512
 _DECAYS_BLOCK = 1024
-_PLAIN = Step(1, 1, warps=4, stages=1)  # of kernels without products
+_PLAIN = Step(1, 1, 1, warps=4, stages=1)  # of kernels without products
 
 
 def scan(
@@ -143,7 +143,7 @@ def _states(
     args |= _sizes(k, v) | _strides(k=k, v=v)
     args |= _constants(k, v, step, chunk, reverse, backward, target, operands)
     del args["BM"]  # it holds a tile of the state
-    args |= {"BP": min(args["BP"], step.held), "BN": min(args["BN"], step.held)}
+    args |= {"BP": min(args["BP"], step.columns), "BN": min(args["BN"], step.columns)}
     tiles = triton.cdiv(channels, args["BP"]) * triton.cdiv(features, args["BN"])
     _launch(target, ssd_states, batch * chunks * heads * tiles, args, step)
     return states
@@ -224,6 +224,7 @@ def _keys(
     args |= {"DQ": dq, "PAIRS": pairs, "EDGES": edges, "splits": splits}
     args |= _sizes(k, v) | _strides(q=q, k=k, u=u, v=v)
     args |= _constants(k, v, step, chunk, reverse, backward, target, (v, q, k))
+    args["BD"] = min(step.columns, max(args.pop("BP"), args["BN"]))
     _launch(target, ssd_bwd_keys, programs * splits, args, step)
     return dq[:, :, :, 0] if splits == 1 else dq.sum(3).to(q.dtype), pairs, edges
 

@@ -27,6 +27,22 @@ from linfusion.kernels.ssd.triton_forward import (
 )
 
 
+@triton.jit
+def product_of(
+    Q, K, i, j, inside, there, sq, sk,
+    D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows i of Q times rows j of K, BD columns at a time; [len(i), len(j)]."""
+    w = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)  # [BD]
+        q = rows_of(Q, i, inside, d, sq, D, ALIGN).to(DOT)  # [len(i), BD]
+        k = rows_of(K, j, there, d, sk, D, ALIGN).to(DOT)  # [len(j), BD]
+        w = tl.dot(q, tl.trans(k), w, input_precision=PRECISION)
+    return w
+
+
 @triton.jit(
     do_not_specialize=[
         "length",
@@ -76,7 +92,7 @@ def ssd_bwd_keys(
     v_sh,
     P: tl.constexpr,
     N: tl.constexpr,
-    BP: tl.constexpr,
+    BD: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
@@ -100,7 +116,6 @@ def ssd_bwd_keys(
     first = start // CHUNK * CHUNK
     last = tl.minimum(first + CHUNK, length) - 1
     i = start + tl.arange(0, BM)  # [BM]
-    p = tl.arange(0, BP)  # [BP]
     n = tl.arange(0, BN)  # [BN]
     inside = i < length
     token = token_of(i, length, REVERSE)
@@ -116,35 +131,45 @@ def ssd_bwd_keys(
     begin = start // BK * BK if BACKWARD else first
     end = last + 1 if BACKWARD else tl.minimum(start + BM, length)
 
-    q = rows_of(Q, token, inside, n, q_sn, N, ALIGN).to(DOT)  # [BM, BN]
     dq = tl.zeros([BM, BN], tl.float32)
     of_group = heads // groups
     share = tl.cdiv(of_group, splits)
     for r in range(split * share, tl.minimum((split + 1) * share, of_group)):
         h = (g * of_group + r).to(tl.int64)
         S_h = S + h * 2 * length
-        u = rows_of(U + h * u_sh * ALIGN, token, inside, p, u_sn, P, ALIGN).to(DOT)  # [BM, BP]
-        state = state_of(STATES + h * (P * N), p, n, P, N).to(DOT)  # [BP, BN]
+        U_h = U + h * u_sh * ALIGN
+        V_h = V + h * v_sh * ALIGN
+        edge = tl.zeros([BM, BN], tl.float32)
+        for at in range(0, P, BD):
+            p = at + tl.arange(0, BD)  # [BD]
+            u = rows_of(U_h, token, inside, p, u_sn, P, ALIGN).to(DOT)  # [BM, BD]
+            state = state_of(STATES + h * (P * N), p, n, P, N).to(DOT)  # [BD, BN]
+            edge = tl.dot(u, state, edge, input_precision=PRECISION)
         scale = to_the_edge(S_h, i, last, length, BACKWARD)  # [BM]
         if BACKWARD:
             scale *= tl.load(DT + token * heads + h, mask=inside, other=0.0)
-        edge = tl.dot(u, state, input_precision=PRECISION) * scale[:, None]  # [BM, BN]
-        tl.store(EDGES + h * length + i, tl.sum(edge * q.to(tl.float32), 1), mask=inside)
+        edge *= scale[:, None]
         dq += edge
+        edge *= rows_of(Q, token, inside, n, q_sn, N, ALIGN)
+        tl.store(EDGES + h * length + i, tl.sum(edge, 1), mask=inside)
         pairs = tl.zeros([BM], tl.float32)
         for at in range(begin, end, BK):
             j = at + tl.arange(0, BK)  # [BK]
             other = token_of(j, length, REVERSE)
-            k = rows_of(K, other, j < length, n, k_sn, N, ALIGN).to(DOT)  # [BK, BN]
-            v = rows_of(V + h * v_sh * ALIGN, other, j < length, p, v_sn, P, ALIGN)  # [BK, BP]
-            m = tl.dot(u, tl.trans(v.to(DOT)), input_precision=PRECISION)  # [BM, BK]
+            there = j < length
+            m = product_of(
+                U_h, V_h, token, other, inside, there, u_sn, v_sn, P, BD, ALIGN, DOT, PRECISION
+            )  # [BM, BK]
             m *= decays_of(S_h, i, j, length, BACKWARD)
             if BACKWARD:
                 m *= tl.load(DT + token * heads + h, mask=inside, other=0.0)[:, None]
             else:
-                m *= tl.load(DT + other * heads + h, mask=j < length, other=0.0)[None, :]
+                m *= tl.load(DT + other * heads + h, mask=there, other=0.0)[None, :]
+            k = rows_of(K, other, there, n, k_sn, N, ALIGN).to(DOT)  # [BK, BN]
             dq = tl.dot(m.to(DOT), k, dq, input_precision=PRECISION)
-            m *= tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            m *= product_of(
+                Q, K, token, other, inside, there, q_sn, k_sn, N, BD, ALIGN, DOT, PRECISION
+            )
             # A token reads itself without any decay.
             pairs += tl.sum(tl.where(i[:, None] == j[None, :], 0.0, m), 1)
         tl.store(PAIRS + h * length + i, pairs, mask=inside)

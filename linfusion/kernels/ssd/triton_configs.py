@@ -12,28 +12,31 @@ from typing import NamedTuple
 
 
 class Step(NamedTuple):
-    """A program holds `held` tokens of a chunk and takes `taken` others at a time."""
+    """A program holds `held` tokens of a chunk and takes `taken` others at a time, with at most
+    `columns` of their channels and features; "states" holds a tile of `columns` by `columns` of a
+    state and takes `taken` tokens at a time."""
 
     held: int
     taken: int
+    columns: int
     warps: int
     stages: int
 
 
 # (vendor, kernel, bytes of an element) -> a `Step` for max(P, N) up to 64 and up to 128.
-_STEPS: dict[tuple[str, str, int], list[tuple[int, int, int, int]]] = {
-    ("cuda", "states", 2): [(64, 64, 4, 2), (64, 64, 4, 2)],
-    ("cuda", "states", 4): [(32, 32, 8, 2), (32, 32, 8, 2)],
-    ("cuda", "read", 2): [(64, 64, 8, 2), (64, 32, 8, 2)],
-    ("cuda", "read", 4): [(32, 32, 8, 1), (32, 16, 8, 1)],
-    ("cuda", "keys", 2): [(64, 32, 8, 2), (64, 32, 8, 1)],
-    ("cuda", "keys", 4): [(32, 32, 8, 1), (16, 16, 4, 1)],
-    ("hip", "states", 2): [(64, 64, 4, 1), (64, 64, 4, 1)],
-    ("hip", "states", 4): [(32, 32, 4, 1), (32, 32, 4, 1)],
-    ("hip", "read", 2): [(64, 32, 4, 1), (64, 16, 4, 1)],
-    ("hip", "read", 4): [(32, 32, 4, 1), (32, 16, 4, 1)],
-    ("hip", "keys", 2): [(64, 32, 4, 1), (32, 16, 4, 1)],
-    ("hip", "keys", 4): [(32, 32, 4, 1), (32, 16, 4, 1)],
+_STEPS: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
+    ("cuda", "states", 2): [(64, 64, 64, 4, 2), (64, 64, 64, 4, 2)],
+    ("cuda", "states", 4): [(32, 32, 32, 8, 2), (32, 32, 32, 8, 2)],
+    ("cuda", "read", 2): [(64, 64, 64, 8, 2), (64, 64, 128, 8, 2)],
+    ("cuda", "read", 4): [(32, 32, 64, 8, 1), (16, 16, 128, 8, 1)],
+    ("cuda", "keys", 2): [(64, 32, 64, 8, 2), (64, 32, 32, 8, 2)],
+    ("cuda", "keys", 4): [(32, 32, 16, 8, 1), (16, 16, 32, 8, 1)],
+    ("hip", "states", 2): [(64, 64, 64, 4, 1), (64, 64, 64, 4, 1)],
+    ("hip", "states", 4): [(32, 32, 32, 4, 1), (32, 32, 32, 4, 1)],
+    ("hip", "read", 2): [(64, 16, 64, 4, 1), (64, 16, 128, 4, 1)],
+    ("hip", "read", 4): [(64, 16, 64, 4, 1), (64, 16, 128, 4, 1)],
+    ("hip", "keys", 2): [(64, 16, 64, 4, 1), (64, 16, 32, 4, 1)],
+    ("hip", "keys", 4): [(32, 16, 32, 4, 1), (32, 16, 32, 4, 1)],
 }
 
 
