@@ -25,13 +25,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks import aot_window
+from benchmarks import aot_ssd, aot_window
 
 if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels-aot.md"
 HEAD_DIMS = (40, 64, 80, 128, 160)
+# What a tile is called, by family of kernels.
+TILES = {
+    "linear": ("BN", "BD", "BE", "BLOCK"),
+    "window": ("BM", "BK", "BD"),
+    "ssd": ("BM", "BK", "BP", "BN", "BLOCK"),
+}
 DTYPES = ("bfloat16", "float16", "float32")
 # A 1024-pixel image at the first level of Stable Diffusion 1.5, with guidance.
 BATCH, TOKENS, HEADS = 2, 16384, 8
@@ -153,11 +159,11 @@ def compile_launch(name: str, launch: Launch, chip_name: str, d: int, dtype: str
     )
     read = _read_cuda if chip.vendor == "cuda" else _read_hip
     registers, spills, mma, loads = read(compiled.asm)
-    of_window = name.startswith("window")
-    hbm, issued, minimum = aot_window.traffic(launch) if of_window else traffic(launch)
+    family = name.partition("_")[0]
+    moved = {"linear": traffic, "window": aot_window.traffic, "ssd": aot_ssd.traffic}[family]
+    hbm, issued, minimum = moved(launch)
     options = launch.options
-    sizes = ("BM", "BK", "BD") if of_window else ("BN", "BD", "BE", "BLOCK")
-    tile = "×".join(str(launch.args[x]) for x in sizes if x in launch.args)
+    tile = "×".join(str(launch.args[x]) for x in TILES[family] if x in launch.args)
     return Report(
         chip=chip_name,
         dtype=dtype,

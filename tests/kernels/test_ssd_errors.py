@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from linfusion.kernels import ssd_scan, ssd_step
+from linfusion.kernels import library, ssd_scan, ssd_step
 
 ONE = torch.ones
 GOOD = {
@@ -117,3 +117,31 @@ def test_a_wrong_argument_is_named(change, message):
 def test_a_wrong_argument_of_a_step_is_named(change, message):
     with pytest.raises(ValueError, match="^" + message):
         ssd_step(**STEP | change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": ONE(2, 6, 4, 3).double()}, r"'triton' takes float16, bfloat16 and float32"),
+        (
+            {"x": ONE(2, 6, 4, 129)},
+            r"'triton' takes channels and features up to 128, got 129 and 5; 'blocked'",
+        ),
+    ],
+)
+def test_what_triton_does_not_take_is_refused(change, message):
+    with pytest.raises(ValueError, match="^impl: " + message):
+        ssd_scan(**GOOD | change, impl="triton")
+
+
+def test_triton_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(library, "HAS_TRITON", True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="impl: 'triton' needs tensors on a CUDA or ROCm device"):
+        ssd_scan(**GOOD, impl="triton")
+
+
+def test_without_triton_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(library, "HAS_TRITON", False)
+    with pytest.raises(ImportError, match="pip install triton"):
+        ssd_scan(**GOOD, impl="triton")

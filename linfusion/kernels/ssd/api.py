@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linfusion.kernels import library
 from linfusion.kernels.library import without_autocast
 from linfusion.kernels.ssd import ops, reference
 from linfusion.kernels.ssd.common import accumulator, segments
 
 Pair = tuple[Tensor, Tensor]
 
-IMPLEMENTATIONS = ("reference", "blocked")
+IMPLEMENTATIONS = ("reference", "blocked", "triton")
+WIDEST = 128  # channels of a head and features of a state that the Triton kernels take
 
 
 @overload
@@ -95,7 +97,8 @@ def ssd_scan(
         A: of each head, [H], at most 0 for a decay.
         B, C: keys and queries of the state, [B, L, G, N]; G divides H.
         chunk_size: tokens of a chunk, at least 1; L need not be a multiple. It changes time, memory
-            and rounding, nothing else; "blocked" takes no chunk above 64.
+            and rounding, nothing else; "blocked" takes no chunk above 64, "triton" a power of two
+            from 16 to 256.
         D: of the skip connection, [H] or [H, P].
         z: gate, [B, L, H, P].
         dt_bias: added to dt, [H].
@@ -106,8 +109,9 @@ def ssd_scan(
             is reset where it changes; the initial state is that of index 0.
         return_final_states: also return the state after the last token that is scanned.
         reverse: scan from the last token to the first.
-        impl: "reference" (the recurrence), "blocked" (chunks, any device). None takes "blocked". A
-            named implementation is used or refused, never replaced by another.
+        impl: "reference" (the recurrence), "blocked" (chunks, any device) or "triton" (on a GPU; P
+            and N up to 128, no float64). None takes "triton" where it runs, else "blocked". A named
+            implementation is used or refused, never replaced by another.
 
     Returns:
         y [B, L, H, P] in the dtype of x, contiguous; with `return_final_states`, (y, h) with h
@@ -116,6 +120,7 @@ def ssd_scan(
     Raises:
         ValueError: an argument has a wrong rank, shape, dtype, device or value; the message names
             it, what came and what is accepted.
+        ImportError: impl="triton" without triton.
     """
     _check_inputs(x, dt, A, B, C, D, z, dt_bias, ("B", "L"))
     limit = _limit(dt_limit)
@@ -130,10 +135,10 @@ def ssd_scan(
         (reverse, "reverse"),
     ):
         _check_bool(value, name)
-    impl = _implementation(impl)
+    dtype = accumulator(x, dt, A, B, C)
+    impl = _implementation(impl, x, B, dtype)
 
     with without_autocast(x.device):
-        dtype = accumulator(x, dt, A, B, C)
         step = _steps(dt, dt_bias, dt_softplus, limit, dtype)
         skip = None if D is None else _skip(D, x).expand(x.shape[0], *x.shape[2:])
         seg = None if seq_idx is None else segments(seq_idx, reverse)
@@ -328,9 +333,25 @@ def _limit(limit: tuple[float, float]) -> tuple[float, float]:
     return float(pair[0]), float(pair[1])
 
 
-def _implementation(impl: str | None) -> str:
+def _implementation(impl: str | None, x: Tensor, B: Tensor, dtype: torch.dtype) -> str:
+    channels, features = x.shape[3], B.shape[3]
+    fits = max(channels, features) <= WIDEST
+    double = dtype == torch.float64
     if impl is None:
-        return "blocked"
+        on_gpu = x.device.type == "cuda"  # ROCm calls itself cuda too
+        return "triton" if on_gpu and library.HAS_TRITON and fits and not double else "blocked"
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected None or one of {IMPLEMENTATIONS}, got {impl!r}")
+    if impl == "triton":
+        if double:
+            raise ValueError(
+                "impl: 'triton' takes float16, bfloat16 and float32, got float64; 'blocked' and "
+                "'reference' take it"
+            )
+        if not fits:
+            raise ValueError(
+                f"impl: 'triton' takes channels and features up to {WIDEST}, got {channels} and "
+                f"{features}; 'blocked' and 'reference' take any"
+            )
+        library.check_triton(x.device)
     return impl

@@ -85,7 +85,7 @@ def scan(
     batch, length, heads, channels = x.shape
     y = empty_output(x.shape, x.dtype, x.device)
     final = torch.empty(batch, heads, channels, b.shape[3], dtype=dtype, device=x.device)
-    count = kept_states(length, chunk_size)
+    count = kept_states(length, chunk_size, "blocked")
     kept = final.new_empty(batch, count, *final.shape[1:])
     prev = None if seg is None else before(seg, reverse)
     chunk = chunk_of(chunk_size)

@@ -10,6 +10,9 @@ RUN = 512
 # It takes no longer chunks, whatever it is asked for: the work within a chunk grows with its
 # square, and its products are fast from here on.
 LONGEST = 64
+# The shortest and the longest chunk of the Triton form: the shortest that a matrix product takes,
+# and the longest for which a sum over a chunk fits in the registers of one program.
+TRITON_CHUNKS = (16, 256)
 
 
 def accumulator(*tensors: Tensor) -> torch.dtype:
@@ -27,9 +30,20 @@ def chunks_of_a_run(chunk: int) -> int:
     return max(1, RUN // chunk)
 
 
-def kept_states(tokens: int, chunk_size: int) -> int:
-    """How many states are kept: one before every run of whole chunks, and one before the ragged
-    chunk at the end; `tokens` may be symbolic."""
+def triton_chunk_of(chunk_size: int) -> int:
+    """The chunk that the Triton form takes for one of `chunk_size`: a power of two that covers it,
+    within `TRITON_CHUNKS`."""
+    chunk, longest = TRITON_CHUNKS
+    while chunk < min(chunk_size, longest):
+        chunk *= 2
+    return chunk
+
+
+def kept_states(tokens: int, chunk_size: int, impl: str) -> int:
+    """How many states are kept: "blocked" keeps one before every run of whole chunks and one before
+    the ragged chunk at the end, "triton" one before every chunk; `tokens` may be symbolic."""
+    if impl == "triton":
+        return -(-tokens // triton_chunk_of(chunk_size))
     chunk = chunk_of(chunk_size)
     whole, ragged = tokens // chunk, tokens % chunk
     return -(-whole // chunks_of_a_run(chunk)) - (-ragged // chunk)

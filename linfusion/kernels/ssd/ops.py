@@ -83,7 +83,7 @@ def _scan_fake(
     return (
         x.new_empty(x.shape),
         x.new_empty(batch, *state, dtype=dtype),
-        x.new_empty(batch, kept_states(length, chunk_size), *state, dtype=dtype),
+        x.new_empty(batch, kept_states(length, chunk_size, impl), *state, dtype=dtype),
     )
 
 

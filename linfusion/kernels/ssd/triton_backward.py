@@ -1,0 +1,223 @@
+# mypy: ignore-errors
+# The bodies are Triton's language; Python's types do not describe them.
+"""Triton kernels of the backward pass that have no counterpart forward: dB, dC and da.
+
+With u = dt x, h the state before a chunk, D the gradient of the state after it, and
+
+    m_ij = (dy_i·u_j) exp(s_i - s_j) for j ≤ i,
+
+    dc_i = exp(s_i) hᵀ dy_i + Σ_j m_ij b_j,  db_j = exp(s_Q - s_j) Dᵀ u_j + Σ_i m_ij c_i,
+    da_k = Σ_{j<k≤i} m_ij c_i·b_j + Σ_{i≥k} exp(s_i) dy_i·(h c_i)
+           + Σ_{j<k} exp(s_Q - s_j) u_j·(D b_j) + exp(s_Q) Σ D h
+
+The two gradients of keys are one kernel, `BACKWARD` for db. It adds up the heads of a group in
+their order and what da needs of each; nothing is added to atomically. The conventions are those of
+`triton_forward.py`. Never run on a GPU.
+"""
+
+import triton
+import triton.language as tl
+
+from linfusion.kernels.ssd.triton_forward import (
+    decays_of,
+    rows_of,
+    state_of,
+    to_the_edge,
+    token_of,
+)
+
+
+@triton.jit
+def product_of(
+    Q, K, i, j, inside, there, sq, sk,
+    D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows i of Q times rows j of K, BD columns at a time; [len(i), len(j)]."""
+    w = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)  # [BD]
+        q = rows_of(Q, i, inside, d, sq, D, ALIGN).to(DOT)  # [len(i), BD]
+        k = rows_of(K, j, there, d, sk, D, ALIGN).to(DOT)  # [len(j), BD]
+        w = tl.dot(q, tl.trans(k), w, input_precision=PRECISION)
+    return w
+
+
+@triton.jit(
+    do_not_specialize=[
+        "length",
+        "heads",
+        "groups",
+        "splits",
+        "q_sb",
+        "q_sn",
+        "q_sh",
+        "k_sb",
+        "k_sn",
+        "k_sh",
+        "u_sb",
+        "u_sn",
+        "u_sh",
+        "v_sb",
+        "v_sn",
+        "v_sh",
+    ]
+)
+def ssd_bwd_keys(
+    Q,  # [B, L, G, N]
+    K,  # [B, L, G, N]
+    U,  # [B, L, H, P]
+    V,  # [B, L, H, P]
+    DT,  # [B, L, H] float32, contiguous
+    S,  # [B, H, 2, L] float32
+    STATES,  # [B, chunks, H, P, N] float32, contiguous
+    DQ,  # [B, L, G, splits, N], contiguous
+    PAIRS,  # [B, H, L] float32
+    EDGES,  # [B, H, L] float32
+    length,
+    heads,
+    groups,
+    splits,
+    q_sb,
+    q_sn,
+    q_sh,
+    k_sb,
+    k_sn,
+    k_sh,
+    u_sb,
+    u_sn,
+    u_sh,
+    v_sb,
+    v_sn,
+    v_sh,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """dc of BM tokens and some heads of a group, with Q = c, K = b, U = dy, V = x and the states
+    before the chunks; backward db, with Q = b, K = c, U = x, V = dy and the gradients of the states
+    after them. Of each token and head also the sums over other tokens and over the state of what
+    the token's decay is in."""
+    pid = tl.program_id(0)
+    split = pid % splits
+    g = pid // splits % groups
+    tile = pid // splits // groups
+    b = (tile // tl.cdiv(length, BM)).to(tl.int64)
+    start = tile % tl.cdiv(length, BM) * BM
+    first = start // CHUNK * CHUNK
+    last = tl.minimum(first + CHUNK, length) - 1
+    i = start + tl.arange(0, BM)  # [BM]
+    n = tl.arange(0, BN)  # [BN]
+    inside = i < length
+    token = token_of(i, length, REVERSE)
+    Q += (b * q_sb + g.to(tl.int64) * q_sh) * ALIGN
+    K += (b * k_sb + g.to(tl.int64) * k_sh) * ALIGN
+    U += b * u_sb * ALIGN
+    V += b * v_sb * ALIGN
+    DT += b * length * heads
+    S += b * heads * 2 * length
+    PAIRS += b * heads * length
+    EDGES += b * heads * length
+    STATES += (b * tl.cdiv(length, CHUNK) + start // CHUNK) * heads * (P * N)
+    begin = start // BK * BK if BACKWARD else first
+    end = last + 1 if BACKWARD else tl.minimum(start + BM, length)
+
+    dq = tl.zeros([BM, BN], tl.float32)
+    of_group = heads // groups
+    share = tl.cdiv(of_group, splits)
+    for r in range(split * share, tl.minimum((split + 1) * share, of_group)):
+        h = (g * of_group + r).to(tl.int64)
+        S_h = S + h * 2 * length
+        U_h = U + h * u_sh * ALIGN
+        V_h = V + h * v_sh * ALIGN
+        edge = tl.zeros([BM, BN], tl.float32)
+        for at in range(0, P, BD):
+            p = at + tl.arange(0, BD)  # [BD]
+            u = rows_of(U_h, token, inside, p, u_sn, P, ALIGN).to(DOT)  # [BM, BD]
+            state = state_of(STATES + h * (P * N), p, n, P, N).to(DOT)  # [BD, BN]
+            edge = tl.dot(u, state, edge, input_precision=PRECISION)
+        scale = to_the_edge(S_h, i, last, length, BACKWARD)  # [BM]
+        if BACKWARD:
+            scale *= tl.load(DT + token * heads + h, mask=inside, other=0.0)
+        edge *= scale[:, None]
+        dq += edge
+        edge *= rows_of(Q, token, inside, n, q_sn, N, ALIGN)
+        tl.store(EDGES + h * length + i, tl.sum(edge, 1), mask=inside)
+        pairs = tl.zeros([BM], tl.float32)
+        for at in range(begin, end, BK):
+            j = at + tl.arange(0, BK)  # [BK]
+            other = token_of(j, length, REVERSE)
+            there = j < length
+            m = product_of(
+                U_h, V_h, token, other, inside, there, u_sn, v_sn, P, BD, ALIGN, DOT, PRECISION
+            )  # [BM, BK]
+            m *= decays_of(S_h, i, j, length, BACKWARD)
+            if BACKWARD:
+                m *= tl.load(DT + token * heads + h, mask=inside, other=0.0)[:, None]
+            else:
+                m *= tl.load(DT + other * heads + h, mask=there, other=0.0)[None, :]
+            k = rows_of(K, other, there, n, k_sn, N, ALIGN).to(DOT)  # [BK, BN]
+            dq = tl.dot(m.to(DOT), k, dq, input_precision=PRECISION)
+            m *= product_of(
+                Q, K, token, other, inside, there, q_sn, k_sn, N, BD, ALIGN, DOT, PRECISION
+            )
+            # A token reads itself without any decay.
+            pairs += tl.sum(tl.where(i[:, None] == j[None, :], 0.0, m), 1)
+        tl.store(PAIRS + h * length + i, pairs, mask=inside)
+
+    row = ((b * length + token) * groups + g) * splits + split  # [BM]
+    mask = inside[:, None] & (n < N)[None, :]
+    tl.store(DQ + row[:, None] * N + n[None, :], dq.to(DQ.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["length", "heads"])
+def ssd_bwd_decays(
+    S,  # [B, H, 2, L] float32
+    STATES,  # [B, chunks, H, P·N] float32, contiguous
+    DSTATES,  # [B, chunks, H, P·N] float32, contiguous
+    READ,  # [B, H, L] float32: Σ_j<i m_ij c_i·b_j
+    WRITTEN,  # [B, H, L] float32: Σ_i>j m_ij c_i·b_j
+    INTO,  # [B, H, L] float32: exp(s_i) dy_i·(h c_i)
+    OUT_OF,  # [B, H, L] float32: exp(s_Q - s_j) u_j·(D b_j)
+    DA,  # [B, L, H] float32, contiguous
+    length,
+    heads,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """da of one chunk and head."""
+    pid = tl.program_id(0)
+    h = (pid % heads).to(tl.int64)
+    b = (pid // heads // tl.cdiv(length, CHUNK)).to(tl.int64)
+    first = pid // heads % tl.cdiv(length, CHUNK) * CHUNK
+    last = tl.minimum(first + CHUNK, length) - 1
+    STATES += pid.to(tl.int64) * SIZE
+    DSTATES += pid.to(tl.int64) * SIZE
+    dot = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SIZE, BLOCK):
+        at = start + tl.arange(0, BLOCK)  # [BLOCK]
+        state = tl.load(STATES + at, mask=at < SIZE, other=0.0)
+        dot += state * tl.load(DSTATES + at, mask=at < SIZE, other=0.0)
+    S += (b * heads + h) * 2 * length
+    through = tl.exp2(tl.load(S + last) + tl.load(S + length + last)) * tl.sum(dot, 0)
+
+    i = first + tl.arange(0, CHUNK)  # [CHUNK]
+    inside = i < length
+    at = (b * heads + h) * length + i
+    after = tl.load(READ + at, mask=inside, other=0.0)
+    after -= tl.load(WRITTEN + at, mask=inside, other=0.0)
+    after += tl.load(INTO + at, mask=inside, other=0.0)
+    before = tl.load(OUT_OF + at - 1, mask=inside & (i > first), other=0.0)
+    da = tl.cumsum(after, 0, reverse=True) + tl.cumsum(before, 0) + through
+    tl.store(DA + (b * length + token_of(i, length, REVERSE)) * heads + h, da, mask=inside)
