@@ -64,6 +64,30 @@ class GatedRMSNorm(nn.Module):
         return (wide * gate if self.before_gate else wide).to(y.dtype)
 
 
+class DepthwiseConv(nn.Conv1d):
+    """A filter for each channel, over tokens whose channels come last.
+
+    Args:
+        channels: filters, [channels, 1, taps].
+        taps: of each.
+        bias: whether there is one.
+    """
+
+    def __init__(self, channels: int, taps: int, bias: bool = True) -> None:
+        # The padding is where mamba_ssm has it; here tokens come padded.
+        super().__init__(channels, channels, taps, groups=channels, padding=taps - 1, bias=bias)
+        self.taps = taps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, L + taps - 1, C] -> [B, L, C].
+
+        As a picture of one row, which is channels-last already: a third of the time of conv1d.
+        """
+        row = x.transpose(1, 2)[:, :, None]
+        out = F.conv2d(row, self.weight[:, :, None], self.bias, groups=self.groups)
+        return out[:, :, 0].transpose(1, 2)
+
+
 class Mamba2(nn.Module):
     """The causal layer (Dao & Gu 2024, section 7; eq. 2 for the scan).
 
@@ -137,7 +161,7 @@ class Mamba2(nn.Module):
 
         rows = 2 * d_inner + 2 * ngroups * d_state + self.heads
         self.in_proj = nn.Linear(d_model, rows, bias=bias)
-        self.conv1d = _depthwise(self.conv_dim, d_conv, conv_bias)
+        self.conv1d = DepthwiseConv(self.conv_dim, d_conv, conv_bias)
         if conv_init is not None:
             nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
         self.dt_bias = _first_steps(self.heads, dt_min, dt_max, dt_init_floor)
@@ -167,8 +191,8 @@ class Mamba2(nn.Module):
         z0, x0, z, xbc, dt = self.in_proj(u).split(
             [self.d_mlp, self.d_mlp, self.d_ssm, self.conv_dim, self.heads], -1
         )
-        tail = None if state is None else state.conv
-        xbc, tail = _causal_conv(xbc, self.conv1d.weight, self.conv1d.bias, tail)
+        padded = _after(xbc, None if state is None else state.conv, self.conv1d.taps)
+        xbc, tail = self.conv1d(padded), _tail(padded, self.conv1d.taps)
         x, B, C = F.silu(xbc).split([self.d_ssm, features, features], -1)
         x = x.unflatten(-1, (self.heads, self.headdim))
         B, C = (t.unflatten(-1, (self.ngroups, self.d_state)) for t in (B, C))
@@ -265,7 +289,7 @@ class BiMamba2(nn.Module):
 
         conv_dim = d_inner + (4 if hydra else 2) * self.features
         self.in_proj = nn.Linear(d_model, d_inner + conv_dim + 2 * self.heads, bias=bias)
-        self.conv1d = _depthwise(conv_dim, d_conv, True)
+        self.conv1d = DepthwiseConv(conv_dim, d_conv)
         self.dt_bias = _first_steps(self.heads, 0.001, 0.1, 1e-4)
         if hydra:
             self.A_log = _undecayed(torch.zeros(self.heads))
@@ -274,7 +298,7 @@ class BiMamba2(nn.Module):
         else:
             self.A_log = _undecayed(torch.empty(self.heads).uniform_(1, 16).log())
             self.D = _undecayed(torch.ones(self.heads))
-            self.conv1d_b = _depthwise(conv_dim, d_conv, True)
+            self.conv1d_b = DepthwiseConv(conv_dim, d_conv)
             self.conv1d_b.load_state_dict(self.conv1d.state_dict())
             self.dt_bias_b = _undecayed(self.dt_bias.detach().clone())
             self.A_log_b = _undecayed(self.A_log.detach().clone())
@@ -397,24 +421,20 @@ class BiMamba2(nn.Module):
         lead: int,
     ) -> tuple[Tensor, Mamba2State]:
         """y [B, L - lead, H, P]; the two directions are heads of one scan."""
+        padded = _after(xbc, None if state is None else state.conv, self.conv1d.taps)
+        padded_b = _after(_flipped(xbc, first), None, self.conv1d_b.taps)
         sizes = [self.d_inner, self.features, self.features]
-        conv, conv_b = self.conv1d, self.conv1d_b
-        pairs = zip(xbc.split(sizes, -1), _flipped(xbc, first).split(sizes, -1), strict=True)
-        both = torch.cat([t for pair in pairs for t in pair], -1)  # x x' B B' C C'
-        assert conv.bias is not None and conv_b.bias is not None
-        weight, bias = (
-            torch.cat(
-                [t for pair in zip(a.split(sizes), b.split(sizes), strict=True) for t in pair]
+        x, B, C = (
+            self._activated(torch.cat(pair, -1))
+            for pair in zip(
+                self.conv1d(padded).split(sizes, -1),
+                self.conv1d_b(padded_b).split(sizes, -1),
+                strict=True,
             )
-            for a, b in ((conv.weight, conv_b.weight), (conv.bias, conv_b.bias))
         )
-        tail = initial = None
+        initial = None
         if state is not None:
-            carried = state.conv.split(sizes, 1)
-            tail = torch.cat([t for old in carried for t in (old, torch.zeros_like(old))], 1)
             initial = torch.cat([state.ssm, torch.zeros_like(state.ssm)], 1)
-        both, tail = _causal_conv(both, weight, bias, tail)
-        x, B, C = self._activated(both).split([2 * size for size in sizes], -1)
         y, h = ssd_scan(
             x.unflatten(-1, (2 * self.heads, self.headdim)),
             torch.cat([dt, _flipped(dt_b, first)], -1),
@@ -430,13 +450,12 @@ class BiMamba2(nn.Module):
         )
         forward, backward = y.split(self.heads, 2)
         y = forward[:, lead:] + _flipped(backward, first)[:, lead:]
-        tails = tail.split([n for size in sizes for n in (size, size)], 1)[::2]
-        return y, Mamba2State(torch.cat(tails, 1), h[:, : self.heads])
+        return y, Mamba2State(_tail(padded, self.conv1d.taps), h[:, : self.heads])
 
     def _hydra(self, xbc: Tensor, dt: Tensor, dt_b: Tensor, first: int, lead: int) -> Tensor:
         """y [B, L - lead, H, P]."""
-        conv = self.conv1d
-        xbc = self._activated(_centred_conv(xbc, conv.weight, conv.bias))
+        around = self.conv1d.taps // 2
+        xbc = self._activated(self.conv1d(F.pad(xbc, (0, 0, around, around))))
         x, bc, bc_b = xbc.split([self.d_inner, 2 * self.features, 2 * self.features], -1)
         heads = x.unflatten(-1, (self.heads, self.headdim))
         B, C = (
@@ -487,37 +506,18 @@ def _flipped(x: Tensor, first: int) -> Tensor:
     return torch.cat([x[:, :first].flip(1), x[:, first:].flip(1)], 1)
 
 
-def _causal_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Depthwise convolution of [B, L, C] over what came before, and the next tail [B, C, k - 1]."""
-    before = weight.shape[-1] - 1
+def _after(x: Tensor, tail: Tensor | None, taps: int) -> Tensor:
+    """x [B, L, C] after the tail [B, C, taps - 1], or after zeros."""
     if tail is None:
-        padded = F.pad(x, (0, 0, before, 0))
-    else:
-        if tail.shape != (x.shape[0], x.shape[2], before):
-            expected = (x.shape[0], x.shape[2], before)
-            raise ValueError(f"state: expected conv of shape {expected}, got {tuple(tail.shape)}")
-        padded = torch.cat([tail.transpose(1, 2).to(x.dtype), x], 1)
-    return _depthwise_conv(padded, weight, bias), padded[:, x.shape[1] :].transpose(1, 2)
+        return F.pad(x, (0, 0, taps - 1, 0))
+    expected = (x.shape[0], x.shape[2], taps - 1)
+    if tail.shape != expected:
+        raise ValueError(f"state: expected conv of shape {expected}, got {tuple(tail.shape)}")
+    return torch.cat([tail.transpose(1, 2).to(x.dtype), x], 1)
 
 
-def _centred_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    around = weight.shape[-1] // 2
-    return _depthwise_conv(F.pad(x, (0, 0, around, around)), weight, bias)
-
-
-def _depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[B, L + k - 1, C] -> [B, L, C].
-
-    As a picture of one row, which is channels-last already: a third of the time of conv1d.
-    """
-    row = x.transpose(1, 2)[:, :, None]
-    return F.conv2d(row, weight[:, :, None], bias, groups=len(weight))[:, :, 0].transpose(1, 2)
-
-
-def _depthwise(channels: int, taps: int, bias: bool) -> nn.Conv1d:
-    return nn.Conv1d(channels, channels, taps, groups=channels, padding=taps - 1, bias=bias)
+def _tail(padded: Tensor, taps: int) -> Tensor:
+    return padded[:, padded.shape[1] - taps + 1 :].transpose(1, 2)
 
 
 def _decay(A_log: Tensor) -> Tensor:
