@@ -165,8 +165,9 @@ class Mamba2(nn.Module):
         if conv_init is not None:
             nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
         self.dt_bias = _first_steps(self.heads, dt_min, dt_max, dt_init_floor)
-        self.A_log = _undecayed(torch.empty(self.heads).uniform_(low, high).log())
-        self.D = _undecayed(torch.ones(d_ssm if D_has_hdim else self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(low, high).log())
+        self.D = nn.Parameter(torch.ones(d_ssm if D_has_hdim else self.heads))
+        _spare_decay(self.dt_bias, self.A_log, self.D)
         self.norm = GatedRMSNorm(d_ssm, ngroups, norm_eps, norm_before_gate) if rmsnorm else None
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
@@ -292,18 +293,20 @@ class BiMamba2(nn.Module):
         self.conv1d = DepthwiseConv(conv_dim, d_conv)
         self.dt_bias = _first_steps(self.heads, 0.001, 0.1, 1e-4)
         if hydra:
-            self.A_log = _undecayed(torch.zeros(self.heads))
-            self.D = _undecayed(torch.ones(self.heads))
+            self.A_log = nn.Parameter(torch.zeros(self.heads))
+            self.D = nn.Parameter(torch.ones(self.heads))
             self.fc_D = nn.Linear(d_inner, self.heads, bias=False)
         else:
-            self.A_log = _undecayed(torch.empty(self.heads).uniform_(1, 16).log())
-            self.D = _undecayed(torch.ones(self.heads))
+            self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
+            self.D = nn.Parameter(torch.ones(self.heads))
             self.conv1d_b = DepthwiseConv(conv_dim, d_conv)
             self.conv1d_b.load_state_dict(self.conv1d.state_dict())
-            self.dt_bias_b = _undecayed(self.dt_bias.detach().clone())
-            self.A_log_b = _undecayed(self.A_log.detach().clone())
-            self.D_b = _undecayed(self.D.detach().clone())
+            self.dt_bias_b = nn.Parameter(self.dt_bias.detach().clone())
+            self.A_log_b = nn.Parameter(self.A_log.detach().clone())
+            self.D_b = nn.Parameter(self.D.detach().clone())
+            _spare_decay(self.dt_bias_b, self.A_log_b, self.D_b)
             self.register_load_state_dict_pre_hook(_complete)
+        _spare_decay(self.dt_bias, self.A_log, self.D)
         self.norm = GatedRMSNorm(d_inner, ngroups, norm_eps, hydra) if rmsnorm else None
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
@@ -524,11 +527,13 @@ def _decay(A_log: Tensor) -> Tensor:
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
-def _undecayed(value: Tensor) -> nn.Parameter:
-    """A parameter that optimisers are asked not to decay."""
-    parameter = nn.Parameter(value)
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]
-    return parameter
+def _spare_decay(*parameters: nn.Parameter) -> None:
+    """Ask optimisers not to decay them.
+
+    Once they are registered: accelerate, which makes models without memory, knows no attribute.
+    """
+    for parameter in parameters:
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
 def _first_steps(heads: int, low: float, high: float, floor: float) -> nn.Parameter:
@@ -536,7 +541,7 @@ def _first_steps(heads: int, low: float, high: float, floor: float) -> nn.Parame
     if not 0 < low <= high:
         raise ValueError(f"dt_min: got {low} with dt_max {high}, expected 0 < dt_min <= dt_max")
     step = torch.empty(heads).uniform_(math.log(low), math.log(high)).exp().clamp(min=floor)
-    return _undecayed(step + torch.log(-torch.expm1(-step)))
+    return nn.Parameter(step + torch.log(-torch.expm1(-step)))
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linfusion.attention.mamba2 import BiMamba2, Mamba2State
@@ -244,11 +243,16 @@ def pool(x: Tensor, size: tuple[int, int, int]) -> Tensor:
 
     What reaches over an edge is averaged over the tokens there are.
     """
-    kernel = [min(k, n) for k, n in zip(size, x.shape[1:4], strict=True)]
-    pooled = F.avg_pool3d(
-        x.permute(0, 4, 1, 2, 3), kernel, kernel, ceil_mode=True, count_include_pad=False
-    )
-    return pooled.permute(0, 2, 3, 4, 1)
+    mean = x.to(torch.promote_types(x.dtype, torch.float32))
+    for axis, k in enumerate(size, 1):  # of the means along one axis, the mean along the next
+        whole, left = divmod(mean.shape[axis], k)
+        parts = []
+        if whole:
+            parts.append(mean.narrow(axis, 0, whole * k).unflatten(axis, (whole, k)).mean(axis + 1))
+        if left:
+            parts.append(mean.narrow(axis, whole * k, left).mean(axis, keepdim=True))
+        mean = torch.cat(parts, axis)
+    return mean.to(x.dtype)
 
 
 def _last(old: Tensor | None, new: Tensor, frames: int) -> Tensor | None:

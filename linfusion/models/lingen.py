@@ -26,7 +26,7 @@ from linfusion.attention.rotary_major_scan import ORDERS
 from linfusion.models.stream import StreamState, split_blocks
 
 
-class LinGenTransformer3DModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
     """Diffusion transformer for video and pictures whose self-attention is MATE.
 
     With t of flow matching and ε the noise, x_t = (1 - t) x + t ε, it predicts v = ε - x.
@@ -409,8 +409,8 @@ class Positions(nn.Module):
 
         Args:
             grid: (T, H, W).
-            start: the first frame.
-            stretch: whether a clip longer than the table is interpolated to, or refused.
+            start: the first frame; 0 with `stretch`.
+            stretch: whether the table is interpolated to a longer clip, or that is refused.
 
         Raises:
             ValueError: the clip is refused.
@@ -421,7 +421,7 @@ class Positions(nn.Module):
             raise ValueError(
                 f"pos_embed_size: the model knows {len(self.t)} frames of tokens, got frame {end}"
             )
-        t = _resized(self.t, end)[start:] if end > len(self.t) else self.t[start:end]
+        t = _resized(self.t, frames) if end > len(self.t) else self.t[start:end]
         h, w = _resized(self.h, height), _resized(self.w, width)
         return (t[:, None, None] + h[:, None] + w).flatten(0, 2)[None]
 
@@ -445,9 +445,8 @@ def _waves(size: int, width: int, axis: int) -> Tensor:
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x [B, N, C], shift and scale [B, F, C] of the frames."""
-    return (
-        x.unflatten(1, (shift.shape[1], -1)) * (1 + scale[:, :, None]) + shift[:, :, None]
-    ).flatten(1, 2)
+    frames = x.unflatten(1, (shift.shape[1], -1))
+    return (frames * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
 
 
 def _scaled(x: Tensor, gate: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -45,7 +45,8 @@ class StreamState:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.numel() * t.element_size() for t in self.state_dict().values())
+        tensors = (t for layer in self._layers for t in _tensors(layer).values())
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def read(self) -> tuple[LayerState, ...]:
         """The state of every layer; none before the first block."""
@@ -64,10 +65,11 @@ class StreamState:
         self._check_writable()
         if self._layers and len(layers) != len(self._layers):
             raise ValueError(f"layers: got {len(layers)}, expected {len(self._layers)}")
-        self._layers = tuple(
-            layer._replace(**{name: t.clone() for name, t in _tensors(layer).items()})
-            for layer in layers
-        )
+
+        def copied(name: str, t: Tensor) -> Tensor:
+            return t.clone(memory_format=torch.contiguous_format)
+
+        self._layers = tuple(_changed(layer, copied) for layer in layers)
 
     @contextmanager
     def frozen(self) -> Iterator[StreamState]:
@@ -96,15 +98,11 @@ class StreamState:
             RuntimeError: the state is frozen.
         """
         self._check_writable()
-        self._layers = tuple(
-            layer._replace(
-                **{
-                    name: t.to(device=device, dtype=None if name == "ssm" else dtype)
-                    for name, t in _tensors(layer).items()
-                }
-            )
-            for layer in self._layers
-        )
+
+        def moved(name: str, t: Tensor) -> Tensor:
+            return t.to(device=device, dtype=None if name == "ssm" else dtype)
+
+        self._layers = tuple(_changed(layer, moved) for layer in self._layers)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -149,3 +147,9 @@ class StreamState:
 
 def _tensors(layer: LayerState) -> dict[str, Tensor]:
     return {name: t for name in _TENSORS if (t := getattr(layer, name)) is not None}
+
+
+def _changed(layer: LayerState, change: Callable[[str, Tensor], Tensor]) -> LayerState:
+    tensors = _tensors(layer)
+    kept = (change(name, tensors[name]) if name in tensors else None for name in _TENSORS)
+    return LayerState(layer.frames, *kept)
