@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from linfusion.attention.clear import CLEARProcessor
     from linfusion.attention.linfusion import LinFusionProcessor
     from linfusion.attention.lit import LiTProcessor
+    from linfusion.attention.mamba2 import BiMamba2, Mamba2
+    from linfusion.attention.mate import MATE
+    from linfusion.attention.tesa import TESA
     from linfusion.fuse import fuse, unfuse
     from linfusion.inherit import inherit
     from linfusion.kernels import linear_attention, window_attention
     from linfusion.linearize import linearize, restore
+    from linfusion.models import LinGenTransformer3DModel, StreamState
     from linfusion.pipelines.highres import HighResPipeline
     from linfusion.summary import summary
     from linfusion.weights import LinFusion
@@ -24,11 +28,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "BiMamba2": "linfusion.attention.mamba2",
     "CLEARProcessor": "linfusion.attention.clear",
     "HighResPipeline": "linfusion.pipelines.highres",
     "LinFusion": "linfusion.weights",
     "LinFusionProcessor": "linfusion.attention.linfusion",
+    "LinGenTransformer3DModel": "linfusion.models",
     "LiTProcessor": "linfusion.attention.lit",
+    "MATE": "linfusion.attention.mate",
+    "Mamba2": "linfusion.attention.mamba2",
+    "StreamState": "linfusion.models",
+    "TESA": "linfusion.attention.tesa",
     "fuse": "linfusion.fuse",
     "inherit": "linfusion.inherit",
     "linear_attention": "linfusion.kernels",
@@ -40,11 +50,17 @@ _HOME = {
 }
 
 __all__ = [
+    "MATE",
+    "TESA",
+    "BiMamba2",
     "CLEARProcessor",
     "HighResPipeline",
     "LiTProcessor",
     "LinFusion",
     "LinFusionProcessor",
+    "LinGenTransformer3DModel",
+    "Mamba2",
+    "StreamState",
     "__version__",
     "fuse",
     "inherit",

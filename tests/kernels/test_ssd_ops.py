@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 from linfusion.kernels import ssd_scan
 
@@ -93,6 +94,17 @@ def test_compiled_gradients_are_the_eager_ones():
         ours = torch.autograd.grad(compiled(*needed), needed)
         truth = torch.autograd.grad(scan(*needed), needed)
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, truth, strict=True))
+
+
+def test_checkpointed_gradients_are_the_plain_ones():
+    needed, rest = tensors()
+
+    def scan(*args: Tensor) -> Tensor:
+        return OPS.ssd_scan(*args, *rest, 4, False, "blocked")[0]
+
+    plain = torch.autograd.grad(scan(*needed).sin().sum(), needed)
+    again = checkpoint(scan, *needed, use_reentrant=False).sin().sum()
+    assert all(map(torch.equal, torch.autograd.grad(again, needed), plain))
 
 
 def test_vmap_is_a_loop():

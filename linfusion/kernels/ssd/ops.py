@@ -111,12 +111,13 @@ def _scan_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _scan_grad(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # read once: checkpointing gives them out only once
     *grads, dskip, dinitial = torch.ops.linfusion.ssd_scan_backward(
-        dy, dfinal, *ctx.saved_tensors, *ctx.choices
+        dy, dfinal, *saved, *ctx.choices
     )
     return (
         *grads,
-        None if ctx.saved_tensors[5] is None else dskip,
+        None if saved[5] is None else dskip,
         None if ctx.initial is None else dinitial.to(ctx.initial),
         *[None] * 4,
     )
