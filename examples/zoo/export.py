@@ -1,4 +1,4 @@
-"""Write the emoji as an image folder with captions and classes, which `linfusion train` and `eval` read.
+"""Write the emoji as an image folder with captions and classes, for `linfusion train` and `eval`.
 
 python examples/zoo/export.py --output runs/emoji --size 256
 """

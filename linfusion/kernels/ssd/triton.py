@@ -100,7 +100,13 @@ def scan_backward(
     dc, read, into = _keys(target, c, b, dy, x, dt, s, kept, splits, chunk, reverse, False)
     db, written, out_of = _keys(target, b, c, x, dy, dt, s, dstates, splits, chunk, reverse, True)
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    args = {"S": s, "STATES": kept, "DSTATES": dstates, "READ": read, "WRITTEN": written}
+    args: dict[str, Any] = {
+        "S": s,
+        "STATES": kept,
+        "DSTATES": dstates,
+        "READ": read,
+        "WRITTEN": written,
+    }
     args |= {"INTO": into, "OUT_OF": out_of, "DA": da, "length": length, "heads": heads}
     args |= {"SIZE": kept[0, 0, 0].numel(), "BLOCK": _DECAYS_BLOCK, "CHUNK": chunk}
     programs = batch * heads * kept.shape[1]
