@@ -32,8 +32,8 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
     With t of flow matching and ε the noise, x_t = (1 - t) x + t ε, it predicts v = ε - x.
 
     With `causal_blocks`, no frame sees a later block than its own (see `MATE`). A whole clip is cut
-    into blocks of `block_frames`, a shorter one first; or it comes block by block, with a
-    `StreamState` that is read in `forward` and written by `commit`. Both give the same.
+    into blocks by `split_blocks`; or it comes block by block, with a `StreamState` that is read in
+    `forward` and written by `commit`. Both give the same.
 
     Args:
         in_channels: of the latents.
@@ -52,7 +52,7 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
         tesa_window, tesa_shift_mode: of `TESA`.
         qk_norm: root-mean-square norm of queries and keys of every attention.
         causal_blocks: whether the video comes in blocks.
-        block_frames: latent frames of a block.
+        block_frames: latent frames of a block; the first takes those left over.
 
     Raises:
         ValueError: a value that is out of range; the message names it and what is accepted.

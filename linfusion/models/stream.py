@@ -14,7 +14,9 @@ _TENSORS = ("conv", "ssm", "halo", "review")
 
 
 def split_blocks(frames: int, block: int) -> tuple[int, ...]:
-    """Frames of each block of a clip; what does not divide goes into a shorter first one.
+    """Frames of each block of a clip; what does not divide is added to the first one.
+
+    As LongSANA does it. A clip shorter than a block is one block.
 
     Raises:
         ValueError: either is below 1.
@@ -22,8 +24,8 @@ def split_blocks(frames: int, block: int) -> tuple[int, ...]:
     for name, value in (("frames", frames), ("block", block)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected a positive whole number")
-    first = frames % block
-    return (*([first] if first else []), *([block] * (frames // block)))
+    count, left = divmod(frames, block)
+    return (block + left, *[block] * (count - 1)) if count else (frames,)
 
 
 class StreamState:

@@ -108,12 +108,53 @@ def test_a_block_sees_its_past_and_nothing_later(layer_idx):
     assert not moved[:2].any() and (moved[2:] > 1e-9).all()
 
 
-def test_the_forward_scan_of_frame_order_does_not_notice_blocks():
-    mate = layer(0, review_placement="none", use_te=False)
+def silenced(mate, suffix):
+    """Without the direction whose parameters end so."""
+    conv = getattr(mate.ma, f"conv1d{suffix}")
     with torch.no_grad():
-        mate.ma.D_b.zero_()
-        mate.ma.conv1d_b.weight.zero_()  # silences the backward direction
-        mate.ma.conv1d_b.bias.zero_()
+        for t in (conv.weight, conv.bias, getattr(mate.ma, f"D{suffix}")):
+            t.zero_()
+    return mate
+
+
+@pytest.mark.parametrize("layer_idx", range(4))
+@pytest.mark.parametrize("placement", ["front", "both"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_blocks_are_one_scan_forward_and_one_a_block_backward(layer_idx, placement, direction):
+    mate = silenced(
+        layer(layer_idx, review_placement=placement, use_te=False),
+        "_b" if direction == "forward" else "",
+    )
+    blocks, grid = (2, 3, 3), (8, 3, 5)
+    video = tokens(grid).view(2, *grid, 16)
+    runs, leads, pooled = [], [], []
+    for block in video.split(blocks, 1):
+        own = pool(block, (2, 2, 2))
+        # Its own review tokens, after the last two pooled frames of what came before.
+        seen = torch.cat([*[f for p in pooled for f in p.split(1, 1)][-2:], own], 1)
+        pooled.append(own)
+        front = flatten(seen, mate.order)
+        runs.append(torch.cat([front, flatten(block, mate.order)], 1))
+        leads.append(front.shape[1])
+    first = placement == "both"
+    if direction == "forward":
+        whole = mate.ma(torch.cat(runs, 1)).split([run.shape[1] for run in runs], 1)
+        outs = [y[:, lead:] for y, lead in zip(whole, leads, strict=True)]
+    else:
+        outs = [
+            mate.ma(run, lead=lead, lead_first=first) for run, lead in zip(runs, leads, strict=True)
+        ]
+    expected = [
+        unflatten(y, (frames, 3, 5), mate.order).flatten(1, 3)
+        for y, frames in zip(outs, blocks, strict=True)
+    ]
+    torch.testing.assert_close(
+        mate(video.flatten(1, 3), grid, blocks=blocks), torch.cat(expected, 1), atol=1e-10, rtol=0
+    )
+
+
+def test_the_forward_scan_of_frame_order_does_not_notice_blocks():
+    mate = silenced(layer(0, review_placement="none", use_te=False), "_b")
     grid, x = (7, 3, 4), tokens((7, 3, 4))
     torch.testing.assert_close(
         mate(x, grid, blocks=(1, 2, 2, 2)), mate(x, grid), atol=1e-10, rtol=1e-8
