@@ -139,6 +139,17 @@ def test_programs_may_share_the_heads_of_a_group(splits, poisoned):
     assert all(torch.equal(ours[i], whole[i]) for i in places)
 
 
+def test_a_small_gradient_of_a_decay_is_exact_beside_large_ones(poisoned):
+    # A difference of sums over the chunk would have an error of 1e-7 times the largest gradient.
+    s = inputs((1, 256, 2, 16, 1, 16), optional=False)
+    s = s._replace(a=torch.full_like(s.a, -3.0), dfinal=torch.zeros_like(s.dfinal))
+    s.dy[:, 200:] *= 1e6
+    ours, truth = run(s, 256, False), exact(s, False)
+    place = NAMES.index("da")
+    assert truth[place][:, 200:].abs().max() > 1e5 * truth[place][:, :190].abs().max()
+    assert error(ours[place][:, :190], truth[place][:, :190]) < 2e-6
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_decay_that_forgets_everything_has_finite_gradients(reverse, poisoned):
     s = inputs((1, 70, 2, 16, 1, 16), optional=False)

@@ -97,20 +97,18 @@ def scan_backward(
     _read(target, b, c, dy, x, dt, s, dstates, skip, dx, ddt, share, chunk, reverse, backward=True)
     dskip = x.new_zeros(batch, 0) if skip is None else share.sum(1).to(skip.dtype)
 
-    dc, read, into = _keys(target, c, b, dy, x, dt, s, kept, splits, chunk, reverse, False)
-    db, written, out_of = _keys(target, b, c, x, dy, dt, s, dstates, splits, chunk, reverse, True)
+    step = _step(target, "keys", chunk, x, b, c)
+    tiles = triton.cdiv(length, step.held)
+    between = s.new_empty(batch, heads, tiles, chunk // step.held)
+    choices = (between, splits, chunk, reverse)
+    dc, read, into = _keys(target, c, b, dy, x, dt, s, kept, *choices, backward=False)
+    db, written, out_of = _keys(target, b, c, x, dy, dt, s, dstates, *choices, backward=True)
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    args: dict[str, Any] = {
-        "S": s,
-        "STATES": kept,
-        "DSTATES": dstates,
-        "READ": read,
-        "WRITTEN": written,
-    }
-    args |= {"INTO": into, "OUT_OF": out_of, "DA": da, "length": length, "heads": heads}
-    args |= {"SIZE": kept[0, 0, 0].numel(), "BLOCK": _DECAYS_BLOCK, "CHUNK": chunk}
-    programs = batch * heads * kept.shape[1]
-    _launch(target, ssd_bwd_decays, programs, args | {"REVERSE": reverse})
+    args: dict[str, Any] = {"S": s, "STATES": kept, "DSTATES": dstates, "DA": da}
+    args |= {"READ": read, "WRITTEN": written, "BETWEEN": between, "INTO": into, "OUT_OF": out_of}
+    args |= {"length": length, "heads": heads, "SIZE": channels * b.shape[3]}
+    args |= {"BLOCK": _DECAYS_BLOCK, "BM": step.held, "CHUNK": chunk, "REVERSE": reverse}
+    _launch(target, ssd_bwd_decays, batch * heads * kept.shape[1], args)
     return dx, ddt, da, db, dc, dskip, dinitial
 
 
@@ -206,6 +204,7 @@ def _keys(
     dt: Tensor,
     s: Tensor,
     states: Tensor,
+    between: Tensor,
     splits: int | None,
     chunk: int,
     reverse: bool,
@@ -227,7 +226,8 @@ def _keys(
         torch.empty(batch, heads, length, dtype=torch.float32, device=q.device) for _ in range(2)
     )
     args: dict[str, Any] = {"Q": q, "K": k, "U": u, "V": v, "DT": dt, "S": s, "STATES": states}
-    args |= {"DQ": dq, "PAIRS": pairs, "EDGES": edges, "splits": splits}
+    args |= {"DQ": dq, "PAIRS": pairs, "EDGES": edges}
+    args |= {"BETWEEN": between, "splits": splits}
     args |= _sizes(k, v) | _strides(q=q, k=k, u=u, v=v)
     args |= _constants(k, v, step, chunk, reverse, backward, target, (v, q, k))
     args["BD"] = min(step.columns, max(args.pop("BP"), args["BN"]))
@@ -259,7 +259,7 @@ def _sizes(k: Tensor, v: Tensor) -> dict[str, int]:
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
     align, strides = strides_of(*tensors.values())
-    args = {"ALIGN": align}
+    args: dict[str, int] = {"ALIGN": align}
     for name, stride in zip(tensors, strides, strict=True):
         args |= named(name, stride)
     return args

@@ -11,8 +11,10 @@ With u = dt x, h the state before a chunk, D the gradient of the state after it,
            + Σ_{j<k} exp(s_Q - s_j) u_j·(D b_j) + exp(s_Q) Σ D h
 
 The two gradients of keys are one kernel, `BACKWARD` for db. It adds up the heads of a group in
-their order and what da needs of each; nothing is added to atomically. The conventions are those of
-`triton_forward.py`. Never run on a GPU.
+their order; nothing is added to atomically. The pairs in da_k are added up by where k lies: in the
+tile of i (by dc), in that of j (by db), or in a tile between (by dc, one number for each two
+tiles). No sum is a difference of larger ones, so that small gradients stay exact beside large ones.
+The conventions are those of `triton_forward.py`. Never run on a GPU.
 """
 
 import triton
@@ -41,6 +43,28 @@ def product_of(
         k = rows_of(K, j, there, d, sk, D, ALIGN).to(DOT)  # [len(j), BD]
         w = tl.dot(q, tl.trans(k), w, input_precision=PRECISION)
     return w
+
+
+@triton.jit
+def key_step(
+    Q, K, U, V, DT, S, i, j, token, length, heads, q_sn, k_sn, u_sn, v_sn, dq,
+    P: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr,
+    BACKWARD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Add what places j give dq of places i; also m_ij c_i·b_j [BM, BK]."""
+    inside = i < length
+    there = j < length
+    other = token_of(j, length, REVERSE)
+    m = product_of(U, V, token, other, inside, there, u_sn, v_sn, P, BD, ALIGN, DOT, PRECISION)
+    m *= decays_of(S, i, j, length, BACKWARD)
+    if BACKWARD:
+        m *= tl.load(DT + token * heads, mask=inside, other=0.0)[:, None]
+    else:
+        m *= tl.load(DT + other * heads, mask=there, other=0.0)[None, :]
+    k = rows_of(K, other, there, tl.arange(0, BN), k_sn, N, ALIGN).to(DOT)  # [BK, BN]
+    dq = tl.dot(m.to(DOT), k, dq, input_precision=PRECISION)
+    m *= product_of(Q, K, token, other, inside, there, q_sn, k_sn, N, BD, ALIGN, DOT, PRECISION)
+    return m, dq
 
 
 @triton.jit(
@@ -74,6 +98,7 @@ def ssd_bwd_keys(
     DQ,  # [B, L, G, splits, N], contiguous
     PAIRS,  # [B, H, L] float32
     EDGES,  # [B, H, L] float32
+    BETWEEN,  # [B, H, tiles, CHUNK / BM] float32
     length,
     heads,
     groups,
@@ -105,8 +130,8 @@ def ssd_bwd_keys(
 ):
     """dc of BM tokens and some heads of a group, with Q = c, K = b, U = dy, V = x and the states
     before the chunks; backward db, with Q = b, K = c, U = x, V = dy and the gradients of the states
-    after them. Of each token and head also the sums over other tokens and over the state of what
-    the token's decay is in."""
+    after them. Of each token and head also what the pairs with other tiles and the state give the
+    gradients of log-decays."""
     pid = tl.program_id(0)
     split = pid % splits
     g = pid // splits % groups
@@ -128,8 +153,10 @@ def ssd_bwd_keys(
     PAIRS += b * heads * length
     EDGES += b * heads * length
     STATES += (b * tl.cdiv(length, CHUNK) + start // CHUNK) * heads * (P * N)
-    begin = start // BK * BK if BACKWARD else first
-    end = last + 1 if BACKWARD else tl.minimum(start + BM, length)
+    begin = start + BM if BACKWARD else first
+    end = last + 1 if BACKWARD else start
+    TILES: tl.constexpr = CHUNK // BM
+    BETWEEN += (b * heads * tl.cdiv(length, BM) + start // BM) * TILES
 
     dq = tl.zeros([BM, BN], tl.float32)
     of_group = heads // groups
@@ -137,6 +164,7 @@ def ssd_bwd_keys(
     for r in range(split * share, tl.minimum((split + 1) * share, of_group)):
         h = (g * of_group + r).to(tl.int64)
         S_h = S + h * 2 * length
+        DT_h = DT + h
         U_h = U + h * u_sh * ALIGN
         V_h = V + h * v_sh * ALIGN
         edge = tl.zeros([BM, BN], tl.float32)
@@ -147,7 +175,7 @@ def ssd_bwd_keys(
             edge = tl.dot(u, state, edge, input_precision=PRECISION)
         scale = to_the_edge(S_h, i, last, length, BACKWARD)  # [BM]
         if BACKWARD:
-            scale *= tl.load(DT + token * heads + h, mask=inside, other=0.0)
+            scale *= tl.load(DT_h + token * heads, mask=inside, other=0.0)
         edge *= scale[:, None]
         dq += edge
         edge *= rows_of(Q, token, inside, n, q_sn, N, ALIGN)
@@ -155,23 +183,27 @@ def ssd_bwd_keys(
         pairs = tl.zeros([BM], tl.float32)
         for at in range(begin, end, BK):
             j = at + tl.arange(0, BK)  # [BK]
-            other = token_of(j, length, REVERSE)
-            there = j < length
-            m = product_of(
-                U_h, V_h, token, other, inside, there, u_sn, v_sn, P, BD, ALIGN, DOT, PRECISION
-            )  # [BM, BK]
-            m *= decays_of(S_h, i, j, length, BACKWARD)
-            if BACKWARD:
-                m *= tl.load(DT + token * heads + h, mask=inside, other=0.0)[:, None]
-            else:
-                m *= tl.load(DT + other * heads + h, mask=there, other=0.0)[None, :]
-            k = rows_of(K, other, there, n, k_sn, N, ALIGN).to(DOT)  # [BK, BN]
-            dq = tl.dot(m.to(DOT), k, dq, input_precision=PRECISION)
-            m *= product_of(
-                Q, K, token, other, inside, there, q_sn, k_sn, N, BD, ALIGN, DOT, PRECISION
-            )
-            # A token reads itself without any decay.
-            pairs += tl.sum(tl.where(i[:, None] == j[None, :], 0.0, m), 1)
+            m, dq = key_step(
+                Q, K, U_h, V_h, DT_h, S_h, i, j, token, length, heads, q_sn, k_sn, u_sn, v_sn, dq,
+                P, N, BD, BN, REVERSE, BACKWARD, DOT, PRECISION, ALIGN,
+            )  # fmt: skip
+            if not BACKWARD:
+                between = BETWEEN + h * tl.cdiv(length, BM) * TILES + (at - first) // BM
+                tl.store(between, tl.sum(pairs, 0), mask=(at - first) % BM == 0)
+            pairs += tl.sum(m, 1)
+        if not BACKWARD:
+            pairs = tl.cumsum(pairs, 0, reverse=True)
+        for at in range(start, tl.minimum(start + BM, length), BK):
+            j = at + tl.arange(0, BK)  # [BK]
+            m, dq = key_step(
+                Q, K, U_h, V_h, DT_h, S_h, i, j, token, length, heads, q_sn, k_sn, u_sn, v_sn, dq,
+                P, N, BD, BN, REVERSE, BACKWARD, DOT, PRECISION, ALIGN,
+            )  # fmt: skip
+            if not BACKWARD:
+                # A token reads itself without any decay.
+                m = tl.where(i[:, None] > j[None, :], m, 0.0)
+                m = tl.cumsum(m, 0, reverse=True)  # over i from k on
+                pairs += tl.sum(tl.where(i[:, None] > j[None, :], m, 0.0), 1)
         tl.store(PAIRS + h * length + i, pairs, mask=inside)
 
     row = ((b * length + token) * groups + g) * splits + split  # [BM]
@@ -184,8 +216,9 @@ def ssd_bwd_decays(
     S,  # [B, H, 2, L] float32
     STATES,  # [B, chunks, H, P·N] float32, contiguous
     DSTATES,  # [B, chunks, H, P·N] float32, contiguous
-    READ,  # [B, H, L] float32: Σ_j<i m_ij c_i·b_j
-    WRITTEN,  # [B, H, L] float32: Σ_i>j m_ij c_i·b_j
+    READ,  # [B, H, L] float32: Σ m_ij c_i·b_j over j < k ≤ i, i in the tile of k
+    WRITTEN,  # [B, H, L] float32: Σ m_ij c_i·b_j over i in later tiles
+    BETWEEN,  # [B, H, tiles, TILES] float32: Σ m_ij c_i·b_j over i in a tile, j before another one
     INTO,  # [B, H, L] float32: exp(s_i) dy_i·(h c_i)
     OUT_OF,  # [B, H, L] float32: exp(s_Q - s_j) u_j·(D b_j)
     DA,  # [B, L, H] float32, contiguous
@@ -193,10 +226,12 @@ def ssd_bwd_decays(
     heads,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    BM: tl.constexpr,
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """da of one chunk and head."""
+    """da of one chunk and head, whose pairs were added up by tiles of BM tokens."""
+    TILES: tl.constexpr = CHUNK // BM
     pid = tl.program_id(0)
     h = (pid % heads).to(tl.int64)
     b = (pid // heads // tl.cdiv(length, CHUNK)).to(tl.int64)
@@ -215,9 +250,16 @@ def ssd_bwd_decays(
     i = first + tl.arange(0, CHUNK)  # [CHUNK]
     inside = i < length
     at = (b * heads + h) * length + i
-    after = tl.load(READ + at, mask=inside, other=0.0)
-    after -= tl.load(WRITTEN + at, mask=inside, other=0.0)
-    after += tl.load(INTO + at, mask=inside, other=0.0)
-    before = tl.load(OUT_OF + at - 1, mask=inside & (i > first), other=0.0)
-    da = tl.cumsum(after, 0, reverse=True) + tl.cumsum(before, 0) + through
+    da = through + tl.load(READ + at, mask=inside, other=0.0)
+    da += tl.cumsum(tl.load(INTO + at, mask=inside, other=0.0), 0, reverse=True)
+    da += tl.cumsum(tl.load(OUT_OF + at - 1, mask=inside & (i > first), other=0.0), 0)
+    written = tl.load(WRITTEN + at - 1, mask=inside & (i % BM > 0), other=0.0)
+    written = tl.cumsum(tl.reshape(written, [TILES, BM]), 1)
+
+    tile = tl.arange(0, TILES)[:, None]  # of i
+    k = tl.arange(0, TILES)[None, :]  # the tile between
+    BETWEEN += ((b * heads + h) * tl.cdiv(length, BM) + first // BM) * TILES
+    mask = (tile > k) & (first + tile * BM < length)
+    between = tl.sum(tl.load(BETWEEN + tile * TILES + k, mask=mask, other=0.0), 0)  # [TILES]
+    da += tl.reshape(written + between[:, None], [CHUNK])
     tl.store(DA + (b * length + token_of(i, length, REVERSE)) * heads + h, da, mask=inside)
