@@ -219,6 +219,20 @@ def test_a_saved_model_predicts_the_same_bits(tmp_path, causal):
 
 
 @torch.no_grad()
+def test_decays_and_steps_stay_in_float32_when_loaded_in_half(tmp_path):
+    model = tiny(causal_blocks=True)
+    model.save_pretrained(tmp_path)
+    half = LinGenTransformer3DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    ma = half.transformer_blocks[0].mate.ma
+    assert ma.A_log.dtype == ma.dt_bias_b.dtype == torch.float32
+    assert ma.in_proj.weight.dtype == torch.bfloat16
+    x, text = clip(frames=4)
+    expected = model(x, 5.0, text).sample
+    error = (half(x.bfloat16(), 5.0, text.bfloat16()).sample - expected).abs().max()
+    assert 0 < error / expected.std() < 0.2
+
+
+@torch.no_grad()
 def test_a_fresh_model_predicts_nothing():
     model = LinGenTransformer3DModel(
         in_channels=3, num_layers=1, num_attention_heads=2, attention_head_dim=8, text_dims=(12,)
@@ -355,3 +369,13 @@ def test_a_stream_longer_than_the_positions_is_refused_before_it_starts():
 def test_it_is_a_public_name():
     assert linfusion.LinGenTransformer3DModel is LinGenTransformer3DModel
     assert linfusion.MATE.__module__ == "linfusion.attention.mate"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@torch.no_grad()
+def test_it_compiles_whole(causal):
+    model = tiny(num_layers=2, causal_blocks=causal)
+    x, text = clip(frames=4, height=4)
+    whole = torch.compile(model, fullgraph=True, backend="eager")
+    out = whole(x, torch.tensor([3.0, 900.0]), text, return_dict=False)[0]
+    torch.testing.assert_close(out, model(x, torch.tensor([3.0, 900.0]), text).sample)
