@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from benchmarks.aot import Chip
+    from benchmarks.aot import Chip, Report
     from linfusion.kernels.launch import Launch
 
 # Channels of a head × features of its state.
