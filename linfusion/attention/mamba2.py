@@ -110,7 +110,8 @@ class Mamba2(nn.Module):
         dt_min, dt_max, dt_init_floor: range of the first steps Δ, drawn log-uniformly.
         dt_limit: smallest and largest Δ.
         bias, conv_bias: whether projections and convolution have one.
-        chunk_size: of the scan; changes time and rounding only.
+        chunk_size: of the scan, at most 64; changes time and rounding only. On a CPU about headdim
+            is fastest.
         norm_eps: of the norm.
 
     Raises:
@@ -251,7 +252,8 @@ class BiMamba2(nn.Module):
         conv_act: "silu" after the convolution, or None (layers made from attention).
         rmsnorm: whether y is normalised, or only gated.
         bias: whether the projections have one.
-        chunk_size: of the scan; changes time and rounding only.
+        chunk_size: of the scan, at most 64; changes time and rounding only. On a CPU about headdim
+            is fastest.
         norm_eps: of the norm.
 
     Raises:
