@@ -56,6 +56,13 @@ MODELS = (
         4.0,
         8,
     ),
+    Shown(
+        "emoji-flux",
+        {"softmax": {"linear": False}, "clear-8": {"student": "clear-8"}},
+        {128: (4, 16), 256: (2, 16), 512: (1, 16)},
+        3.0,
+        16,
+    ),
 )
 
 

@@ -34,7 +34,7 @@ def demo(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "demo", module)
     spec.loader.exec_module(module)
     plan = {64: (2, 1), 128: (1, 1)}
-    (emoji,) = module.MODELS
+    emoji, *_ = module.MODELS
     sides = {"softmax": {"linear": False}, "clear-2": {"student": "clear-2"}}
     flux = module.Shown("emoji-flux", sides, {32: (1, 1)}, guidance=3.0, token=4)
     monkeypatch.setattr(module, "MODELS", (replace(emoji, plan=plan), flux))

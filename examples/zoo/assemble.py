@@ -49,6 +49,9 @@ def main() -> None:
     shutil.rmtree(tmp, ignore_errors=True)
     pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=torch.float16)
     pipe = with_learned_variance(pipe)  # which keeps the names of its classes
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.half()  # T5 keeps some of its own in float32
     if args.whole:
         load_whole(pipe, args.whole).save_pretrained(tmp / "teacher")
     pipe.save_pretrained(tmp)
