@@ -1,12 +1,12 @@
 """Compile every Triton kernel for four GPUs, without a GPU, and fail on what would make it slow.
 
     python -m benchmarks.aot            # everything; writes docs/kernels-aot.md
-    python -m benchmarks.aot --quick    # four combinations, writes nothing
+    python -m benchmarks.aot --quick    # a few combinations, writes nothing
 
 A kernel fails on a spilled register, on more shared memory than the chip has, and on 2-byte
-loads of q, k, v or their gradients. What is compiled is what the library launches: the launches
-are collected from `triton.py` of each family of kernels itself, with tensors on the meta device.
-Nothing runs, so nothing here is a time.
+loads of q, k, v, of x, B, C or of their gradients. What is compiled is what the library launches:
+the launches are collected from `triton.py` of each family of kernels itself, with tensors on the
+meta device. Nothing runs, so nothing here is a time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks import aot_window
+from benchmarks import aot_ssd, aot_window
 
 if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels-aot.md"
 HEAD_DIMS = (40, 64, 80, 128, 160)
+# What a tile is called, by family of kernels.
+TILES = {
+    "linear": ("BN", "BD", "BE", "BLOCK"),
+    "window": ("BM", "BK", "BD"),
+    "ssd": ("BM", "BK", "BD", "BP", "BN", "BLOCK", "BH"),
+}
 DTYPES = ("bfloat16", "float16", "float32")
 # A 1024-pixel image at the first level of Stable Diffusion 1.5, with guidance.
 BATCH, TOKENS, HEADS = 2, 16384, 8
@@ -47,17 +53,22 @@ class Chip(NamedTuple):
     multiprocessors: int
 
 
+Job = tuple[str, int | str, str]  # chip, head size, dtype
+
 CHIPS = {
     "sm_80": Chip("cuda", 80, 32, 166_912, 108),
     "sm_90": Chip("cuda", 90, 32, 232_448, 132),
     "sm_100": Chip("cuda", 100, 32, 232_448, 148),
     "gfx942": Chip("hip", "gfx942", 64, 65_536, 304),
 }
-QUICK = [
+QUICK: list[Job] = [
     ("sm_80", 40, "bfloat16"),
     ("sm_90", 160, "bfloat16"),
     ("sm_100", 64, "float16"),
     ("gfx942", 80, "float32"),
+    ("sm_80", "64×64", "bfloat16"),
+    ("sm_90", "64×128", "float32"),
+    ("gfx942", "128×64", "float16"),
 ]
 
 
@@ -66,6 +77,7 @@ class Report:
     """What the compiler made of one kernel.
 
     Attributes:
+        d: columns of a head; of the scan, channels of a head × features of its state.
         loads: width in bytes of a global load -> how many such instructions.
         hbm: bytes moved if every re-read hits a cache: each tensor once.
         issued: bytes that the programs load and store, re-reads included.
@@ -74,7 +86,7 @@ class Report:
 
     chip: str
     dtype: str
-    d: int
+    d: int | str
     kernel: str
     tile: str
     registers: int
@@ -124,7 +136,7 @@ def launches(chip: Chip, d: int, dtype: str) -> list[tuple[str, Launch]]:
     return list(different.values())
 
 
-def compile_launch(name: str, launch: Launch, chip_name: str, d: int, dtype: str) -> Report:
+def compile_launch(name: str, launch: Launch, chip_name: str, d: int | str, dtype: str) -> Report:
     """Compile as the launcher would: pointers 16-byte aligned, integers not specialised on."""
     import torch
     import triton
@@ -153,11 +165,11 @@ def compile_launch(name: str, launch: Launch, chip_name: str, d: int, dtype: str
     )
     read = _read_cuda if chip.vendor == "cuda" else _read_hip
     registers, spills, mma, loads = read(compiled.asm)
-    of_window = name.startswith("window")
-    hbm, issued, minimum = aot_window.traffic(launch) if of_window else traffic(launch)
+    family = launch.kernel.__name__.partition("_")[0]
+    moved = {"linear": traffic, "window": aot_window.traffic, "ssd": aot_ssd.traffic}[family]
+    hbm, issued, minimum = moved(launch)
     options = launch.options
-    sizes = ("BM", "BK", "BD") if of_window else ("BN", "BD", "BE", "BLOCK")
-    tile = "×".join(str(launch.args[x]) for x in sizes if x in launch.args)
+    tile = "×".join(str(launch.args[x]) for x in TILES[family] if x in launch.args)
     return Report(
         chip=chip_name,
         dtype=dtype,
@@ -243,13 +255,16 @@ def traffic(launch: Launch) -> tuple[int, int, int]:
     return hbm, hbm + again + states * state_reads, minimum
 
 
-def compile_all(job: tuple[str, int, str]) -> tuple[tuple[str, int, str], list[Report], float]:
+def compile_all(job: Job) -> tuple[Job, list[Report], float]:
     """One chip, head size and dtype."""
     chip, d, dtype = job
     start = time.perf_counter()
-    wanted = launches(CHIPS[chip], d, dtype)
-    if d in aot_window.HEAD_DIMS:
-        wanted += aot_window.launches(CHIPS[chip], d, dtype)
+    if isinstance(d, str):
+        wanted = aot_ssd.launches(CHIPS[chip], d, dtype)
+    else:
+        wanted = launches(CHIPS[chip], d, dtype)
+        if d in aot_window.HEAD_DIMS:
+            wanted += aot_window.launches(CHIPS[chip], d, dtype)
     reports = [compile_launch(name, launch, chip, d, dtype) for name, launch in wanted]
     return job, reports, time.perf_counter() - start
 
@@ -259,13 +274,14 @@ def page(reports: list[Report]) -> str:
     import triton
 
     windows = [r for r in reports if r.kernel.startswith("window")]
-    reports = [r for r in reports if not r.kernel.startswith("window")]
+    scans = [r for r in reports if r.kernel.startswith("ssd")]
+    reports = [r for r in reports if r.kernel.startswith("linear")]
     lines = [
         "# Kernels, compiled ahead of time",
         "",
         "`make aot` writes this page. It compiles each Triton kernel for four "
         "GPUs without having one, and fails on a spilled register, on shared memory above the "
-        "chip's limit and on 2-byte loads of q, k, v.",
+        "chip's limit and on 2-byte loads of q, k, v and of x, B, C.",
         "",
         "**These kernels have never run on a GPU.** They are compared with the reference in "
         "Triton's interpreter; their speed is unknown, and nothing on this page is a time.",
@@ -313,11 +329,11 @@ def page(reports: list[Report]) -> str:
                 f"| {r.dtype} | {r.d} | {r.kernel} | {r.tile} | {r.registers} | {r.spills} "
                 f"| {r.shared} | {r.mma or '–'} | {loads} | {bytes_[0]} | {bytes_[1]} |"
             )
-    return "\n".join(lines + aot_window.section(windows)) + "\n"
+    return "\n".join(lines + aot_window.section(windows) + aot_ssd.section(scans)) + "\n"
 
 
-def _grouped(reports: list[Report]) -> dict[tuple[str, str, int], list[Report]]:
-    groups: dict[tuple[str, str, int], list[Report]] = {}
+def _grouped(reports: list[Report]) -> dict[tuple[str, str, int | str], list[Report]]:
+    groups: dict[tuple[str, str, int | str], list[Report]] = {}
     for r in reports:
         groups.setdefault((r.chip, r.dtype, r.d), []).append(r)
     return groups
@@ -340,13 +356,17 @@ def main(argv: list[str] | None = None) -> int:
     """Return 1 if a kernel fails, 0 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="four combinations, no page")
+    parser.add_argument("--quick", action="store_true", help="a few combinations, no page")
     parser.add_argument("--json", type=Path, help="also write every figure to this file")
     options = parser.parse_args(argv)
     # Interpreted kernels cannot be compiled; workers are spawned, so they import Triton after this.
     os.environ.pop("TRITON_INTERPRET", None)
-    jobs = QUICK if options.quick else [(c, d, t) for c in CHIPS for t in DTYPES for d in HEAD_DIMS]
-    by_job: dict[tuple[str, int, str], list[Report]] = {}
+    jobs: list[Job] = [
+        (c, d, t) for c in CHIPS for t in DTYPES for d in (*HEAD_DIMS, *aot_ssd.SIZES)
+    ]
+    if options.quick:
+        jobs = QUICK
+    by_job: dict[Job, list[Report]] = {}
     context = multiprocessing.get_context("spawn")
     with context.Pool(os.cpu_count(), initializer=_be_nice) as pool:
         for job, reports, seconds in pool.imap_unordered(compile_all, jobs):

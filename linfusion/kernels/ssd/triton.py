@@ -21,7 +21,11 @@ from torch import Tensor
 
 from linfusion.kernels.launch import DOT, Launch, Target, named, rows, strides_of, target_of
 from linfusion.kernels.ssd.common import triton_chunk_of
-from linfusion.kernels.ssd.triton_backward import ssd_bwd_decays, ssd_bwd_keys
+from linfusion.kernels.ssd.triton_backward import (
+    ssd_bwd_decays,
+    ssd_bwd_keys,
+    ssd_bwd_within,
+)
 from linfusion.kernels.ssd.triton_configs import Step, num_splits, step_for
 from linfusion.kernels.ssd.triton_forward import ssd_cumsum, ssd_pass, ssd_read, ssd_states
 
@@ -99,12 +103,20 @@ def scan_backward(
 
     step = _step(target, "keys", chunk, x, b, c)
     tiles = triton.cdiv(length, step.held)
-    between = s.new_empty(batch, heads, tiles, chunk // step.held)
+    between = torch.empty((batch, tiles, heads, chunk), dtype=torch.float32, device=x.device)
     choices = (between, splits, chunk, reverse)
     dc, read, into = _keys(target, c, b, dy, x, dt, s, kept, *choices, backward=False)
     db, written, out_of = _keys(target, b, c, x, dy, dt, s, dstates, *choices, backward=True)
+    within = torch.empty_like(read)
+    args: dict[str, Any] = {"B": b, "C": c, "X": x, "DY": dy, "DT": dt, "S": s, "WITHIN": within}
+    args |= _sizes(b, x) | _strides(b=b, c=c, x=x, g=dy)
+    constants = _constants(b, x, step, chunk, reverse, True, target, (x, b, c))
+    names = ("P", "N", "BM", "BK", "REVERSE", "DOT", "PRECISION")
+    args |= {name: constants[name] for name in names} | {"BD": _columns(step, constants)}
+    _launch(target, ssd_bwd_within, batch * heads * tiles, args, step)
+
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
-    args: dict[str, Any] = {"S": s, "STATES": kept, "DSTATES": dstates, "DA": da}
+    args = {"S": s, "STATES": kept, "DSTATES": dstates, "WITHIN": within, "DA": da}
     args |= {"READ": read, "WRITTEN": written, "BETWEEN": between, "INTO": into, "OUT_OF": out_of}
     args |= {"length": length, "heads": heads, "SIZE": channels * b.shape[3]}
     args |= {"BLOCK": _DECAYS_BLOCK, "BM": step.held, "CHUNK": chunk, "REVERSE": reverse}
@@ -230,7 +242,8 @@ def _keys(
     args |= {"BETWEEN": between, "splits": splits}
     args |= _sizes(k, v) | _strides(q=q, k=k, u=u, v=v)
     args |= _constants(k, v, step, chunk, reverse, backward, target, (v, q, k))
-    args["BD"] = min(step.columns, max(args.pop("BP"), args["BN"]))
+    args["BD"] = _columns(step, args)
+    del args["BP"]  # rows of a state are taken BD at a time
     _launch(target, ssd_bwd_keys, programs * splits, args, step)
     return dq[:, :, :, 0] if splits == 1 else dq.sum(3).to(q.dtype), pairs, edges
 
@@ -251,6 +264,10 @@ def _step(target: Target, kernel: str, chunk: int, x: Tensor, b: Tensor, c: Tens
     vendor = "hip" if target.vendor == "interpreter" else target.vendor
     itemsize = max(t.element_size() for t in (x, b, c))
     return step_for(vendor, kernel, max(x.shape[3], b.shape[3]), itemsize, chunk)
+
+
+def _columns(step: Step, constants: dict[str, Any]) -> int:
+    return min(step.columns, max(constants["BP"], constants["BN"]))
 
 
 def _sizes(k: Tensor, v: Tensor) -> dict[str, int]:

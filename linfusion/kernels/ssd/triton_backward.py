@@ -12,9 +12,10 @@ With u = dt x, h the state before a chunk, D the gradient of the state after it,
 
 The two gradients of keys are one kernel, `BACKWARD` for db. It adds up the heads of a group in
 their order; nothing is added to atomically. The pairs in da_k are added up by where k lies: in the
-tile of i (by dc), in that of j (by db), or in a tile between (by dc, one number for each two
-tiles). No sum is a difference of larger ones, so that small gradients stay exact beside large ones.
-The conventions are those of `triton_forward.py`. Never run on a GPU.
+tile of i and j (by `ssd_bwd_within`), in that of i alone (by dc), in that of j alone (by db), or in
+a tile between (by dc, a number for each i and tile). No sum is a difference of larger ones, so that
+small gradients stay exact beside large ones. The conventions are those of `triton_forward.py`.
+Never run on a GPU.
 """
 
 import triton
@@ -98,7 +99,7 @@ def ssd_bwd_keys(
     DQ,  # [B, L, G, splits, N], contiguous
     PAIRS,  # [B, H, L] float32
     EDGES,  # [B, H, L] float32
-    BETWEEN,  # [B, H, tiles, CHUNK / BM] float32
+    BETWEEN,  # [B, tiles, H, CHUNK / BM, BM] float32
     length,
     heads,
     groups,
@@ -153,10 +154,9 @@ def ssd_bwd_keys(
     PAIRS += b * heads * length
     EDGES += b * heads * length
     STATES += (b * tl.cdiv(length, CHUNK) + start // CHUNK) * heads * (P * N)
-    begin = start + BM if BACKWARD else first
-    end = last + 1 if BACKWARD else start
-    TILES: tl.constexpr = CHUNK // BM
-    BETWEEN += (b * heads * tl.cdiv(length, BM) + start // BM) * TILES
+    begin = start if BACKWARD else first
+    end = last + 1 if BACKWARD else tl.minimum(start + BM, length)
+    BETWEEN += (b * tl.cdiv(length, BM) + start // BM) * heads * CHUNK
 
     dq = tl.zeros([BM, BN], tl.float32)
     of_group = heads // groups
@@ -187,23 +187,11 @@ def ssd_bwd_keys(
                 Q, K, U_h, V_h, DT_h, S_h, i, j, token, length, heads, q_sn, k_sn, u_sn, v_sn, dq,
                 P, N, BD, BN, REVERSE, BACKWARD, DOT, PRECISION, ALIGN,
             )  # fmt: skip
-            if not BACKWARD:
-                between = BETWEEN + h * tl.cdiv(length, BM) * TILES + (at - first) // BM
-                tl.store(between, tl.sum(pairs, 0), mask=(at - first) % BM == 0)
-            pairs += tl.sum(m, 1)
-        if not BACKWARD:
-            pairs = tl.cumsum(pairs, 0, reverse=True)
-        for at in range(start, tl.minimum(start + BM, length), BK):
-            j = at + tl.arange(0, BK)  # [BK]
-            m, dq = key_step(
-                Q, K, U_h, V_h, DT_h, S_h, i, j, token, length, heads, q_sn, k_sn, u_sn, v_sn, dq,
-                P, N, BD, BN, REVERSE, BACKWARD, DOT, PRECISION, ALIGN,
-            )  # fmt: skip
-            if not BACKWARD:
-                # A token reads itself without any decay.
-                m = tl.where(i[:, None] > j[None, :], m, 0.0)
-                m = tl.cumsum(m, 0, reverse=True)  # over i from k on
-                pairs += tl.sum(tl.where(i[:, None] > j[None, :], m, 0.0), 1)
+            apart = at >= start + BM if BACKWARD else at < start
+            if apart:
+                pairs += tl.sum(m, 1)
+                if not BACKWARD:  # the last step through a tile writes the sums that count
+                    tl.store(BETWEEN + h * CHUNK + (at - first) // BM * BM + i - start, pairs)
         tl.store(PAIRS + h * length + i, pairs, mask=inside)
 
     row = ((b * length + token) * groups + g) * splits + split  # [BM]
@@ -211,14 +199,98 @@ def ssd_bwd_keys(
     tl.store(DQ + row[:, None] * N + n[None, :], dq.to(DQ.dtype.element_ty), mask=mask)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "length",
+        "heads",
+        "groups",
+        "b_sb",
+        "b_sn",
+        "b_sh",
+        "c_sb",
+        "c_sn",
+        "c_sh",
+        "x_sb",
+        "x_sn",
+        "x_sh",
+        "g_sb",
+        "g_sn",
+        "g_sh",
+    ]
+)
+def ssd_bwd_within(
+    B,  # [B, L, G, N]
+    C,  # [B, L, G, N]
+    X,  # [B, L, H, P]
+    DY,  # [B, L, H, P]
+    DT,  # [B, L, H] float32, contiguous
+    S,  # [B, H, 2, L] float32
+    WITHIN,  # [B, H, L] float32
+    length,
+    heads,
+    groups,
+    b_sb,
+    b_sn,
+    b_sh,
+    c_sb,
+    c_sn,
+    c_sh,
+    x_sb,
+    x_sn,
+    x_sh,
+    g_sb,
+    g_sn,
+    g_sh,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Σ m_ij c_i·b_j over j < k ≤ i for each k of a tile of BM tokens, i and j in the tile."""
+    pid = tl.program_id(0)
+    h = (pid % heads).to(tl.int64)
+    g = h // (heads // groups)
+    b = (pid // heads // tl.cdiv(length, BM)).to(tl.int64)
+    start = pid // heads % tl.cdiv(length, BM) * BM
+    i = start + tl.arange(0, BM)  # [BM]
+    inside = i < length
+    n = token_of(i, length, REVERSE)
+    S += (b * heads + h) * 2 * length
+    DT += b * length * heads + h
+    B += (b * b_sb + g * b_sh) * ALIGN
+    C += (b * c_sb + g * c_sh) * ALIGN
+    X += (b * x_sb + h * x_sh) * ALIGN
+    DY += (b * g_sb + h * g_sh) * ALIGN
+    within = tl.zeros([BM], tl.float32)
+    for at in range(start, tl.minimum(start + BM, length), BK):
+        j = at + tl.arange(0, BK)  # [BK]
+        there = j < length
+        o = token_of(j, length, REVERSE)
+        m = product_of(DY, X, n, o, inside, there, g_sn, x_sn, P, BD, ALIGN, DOT, PRECISION)
+        m *= product_of(C, B, n, o, inside, there, c_sn, b_sn, N, BD, ALIGN, DOT, PRECISION)
+        m *= decays_of(S, i, j, length, False)  # [BM, BK]
+        m *= tl.load(DT + o * heads, mask=there, other=0.0)[None, :]
+        # A token reads itself without any decay.
+        m = tl.where(i[:, None] > j[None, :], m, 0.0)
+        m = tl.cumsum(m, 0, reverse=True)  # over i from k on
+        within += tl.sum(tl.where(i[:, None] > j[None, :], m, 0.0), 1)
+    tl.store(WITHIN + (b * heads + h) * length + i, within, mask=inside)
+
+
 @triton.jit(do_not_specialize=["length", "heads"])
 def ssd_bwd_decays(
     S,  # [B, H, 2, L] float32
     STATES,  # [B, chunks, H, P·N] float32, contiguous
     DSTATES,  # [B, chunks, H, P·N] float32, contiguous
-    READ,  # [B, H, L] float32: Σ m_ij c_i·b_j over j < k ≤ i, i in the tile of k
+    WITHIN,  # [B, H, L] float32: Σ m_ij c_i·b_j over j < k ≤ i in the tile of k
+    READ,  # [B, H, L] float32: Σ m_ij c_i·b_j over j in earlier tiles
     WRITTEN,  # [B, H, L] float32: Σ m_ij c_i·b_j over i in later tiles
-    BETWEEN,  # [B, H, tiles, TILES] float32: Σ m_ij c_i·b_j over i in a tile, j before another one
+    BETWEEN,  # [B, tiles, H, TILES, BM] float32: Σ m_ij c_i·b_j over j up to the end of a tile
     INTO,  # [B, H, L] float32: exp(s_i) dy_i·(h c_i)
     OUT_OF,  # [B, H, L] float32: exp(s_Q - s_j) u_j·(D b_j)
     DA,  # [B, L, H] float32, contiguous
@@ -250,16 +322,20 @@ def ssd_bwd_decays(
     i = first + tl.arange(0, CHUNK)  # [CHUNK]
     inside = i < length
     at = (b * heads + h) * length + i
-    da = through + tl.load(READ + at, mask=inside, other=0.0)
+    da = through + tl.load(WITHIN + at, mask=inside, other=0.0)
     da += tl.cumsum(tl.load(INTO + at, mask=inside, other=0.0), 0, reverse=True)
     da += tl.cumsum(tl.load(OUT_OF + at - 1, mask=inside & (i > first), other=0.0), 0)
+    read = tl.load(READ + at, mask=inside, other=0.0)
+    read = tl.cumsum(tl.reshape(read, [TILES, BM]), 1, reverse=True)
     written = tl.load(WRITTEN + at - 1, mask=inside & (i % BM > 0), other=0.0)
     written = tl.cumsum(tl.reshape(written, [TILES, BM]), 1)
 
-    tile = tl.arange(0, TILES)[:, None]  # of i
-    k = tl.arange(0, TILES)[None, :]  # the tile between
-    BETWEEN += ((b * heads + h) * tl.cdiv(length, BM) + first // BM) * TILES
-    mask = (tile > k) & (first + tile * BM < length)
-    between = tl.sum(tl.load(BETWEEN + tile * TILES + k, mask=mask, other=0.0), 0)  # [TILES]
-    da += tl.reshape(written + between[:, None], [CHUNK])
+    k = tl.arange(0, TILES)[:, None]  # a tile between
+    at = (k - 1) * BM + tl.arange(0, BM)[None, :]  # [TILES, BM]
+    between = tl.zeros([TILES, BM], tl.float32)
+    BETWEEN += ((b * tl.cdiv(length, BM) + first // BM) * heads + h) * CHUNK
+    for tile in range(1, tl.cdiv(last + 1 - first, BM)):  # of i
+        BETWEEN += heads * CHUNK
+        between += tl.load(BETWEEN + at, mask=(k > 0) & (k < tile), other=0.0)
+    da += tl.reshape(read + written + tl.sum(between, 1)[:, None], [CHUNK])
     tl.store(DA + (b * length + token_of(i, length, REVERSE)) * heads + h, da, mask=inside)
