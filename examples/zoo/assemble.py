@@ -22,7 +22,7 @@ from linfusion.whole import load_whole
 
 ZOO = Path(__file__).parents[2] / "linfusion" / "zoo"
 LIMIT = 24_000_000  # bytes of a teacher and its students
-LIMIT_WHOLE = 31_000_000  # where a student is a second model
+LIMIT_WHOLE = 30_000_000  # where a student is a second model
 
 
 def main() -> None:
@@ -70,6 +70,7 @@ def main() -> None:
     size = sum(file.stat().st_size for file in tmp.rglob("*") if file.is_file())
     limit = LIMIT_WHOLE if args.whole else LIMIT
     if size > limit:
+        shutil.rmtree(tmp)
         raise SystemExit(f"{size:,} bytes; the package has room for {limit:,}")
     target = ZOO / args.name
     card = target / "README.md"

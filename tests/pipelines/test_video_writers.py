@@ -9,6 +9,7 @@ import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import psutil
 import pytest
@@ -16,8 +17,6 @@ from PIL import Image
 
 from linfusion.pipelines.pictures import read
 from linfusion.pipelines.video_writers import open_video
-
-av = pytest.importorskip("av")
 
 NAMES = ["a.mp4", "a.webp", "a.gif", "a"]
 
