@@ -51,7 +51,12 @@ class LowRankReport:
 
 
 def save_low_rank(
-    model_or_pipe: Any, folder: str | os.PathLike[str], *, rank: int, **kwargs: Any
+    model_or_pipe: Any,
+    folder: str | os.PathLike[str],
+    *,
+    rank: int,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
 ) -> LowRankReport:
     """Write a student whose attention weights are a difference of low rank to the base model's.
 
@@ -62,6 +67,7 @@ def save_low_rank(
         model_or_pipe: linearized with weights that replaced the attention projections.
         folder: where to; each file appears whole or not at all.
         rank: of the difference of every projection.
+        dtype: of what is stored; None is that of the model.
         **kwargs: as `ModelMixin.save_pretrained`.
 
     Returns:
@@ -81,7 +87,8 @@ def save_low_rank(
             " difference to store"
         )
     layers: dict[str, Any] = {path: model.get_submodule(path) for path in record.layers}
-    _check_rank(rank, layers.values())
+    check_rank("rank", rank, layers.values())
+    dtype = compute_dtype(model) if dtype is None else dtype
     state: dict[str, Tensor] = {}
     lost: dict[str, tuple[float, float]] = {}
     full = 0
@@ -95,9 +102,8 @@ def save_low_rank(
                 key, _, leaf = f"{path}.{name}".rpartition(".")
                 base = taken.base_weights[name].to(parameter.device, torch.float32)
                 difference = parameter.detach().float() - base
-                dtype = compute_dtype(model)
                 if leaf == "weight":
-                    b, a = (x.to(dtype) for x in _factors(difference, rank))
+                    b, a = (x.to(dtype) for x in low_rank_factors(difference, rank))
                     error = (difference - b.float() @ a.float()).norm()
                     lost[key] = (float(error) ** 2, float(difference.norm()) ** 2)
                     state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"] = a, b
@@ -122,7 +128,7 @@ def save_low_rank(
     return LowRankReport(Path(folder), rank, whole, errors, stored, full)
 
 
-def _factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def low_rank_factors(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """B [m, r] and A [r, n], of one size, with B A the nearest to `difference` [m, n]."""
     if min(difference.shape) <= _EXACT:
         u, s, vh = torch.linalg.svd(difference, full_matrices=False)
@@ -140,8 +146,9 @@ def _ratio(error: float, norm: float) -> float:
     return (error / norm) ** 0.5 if norm else 0.0
 
 
-def _check_rank(rank: int, layers: Iterable[Any]) -> None:
+def check_rank(argument: str, rank: Any, layers: Iterable[Any]) -> None:
+    """ValueError, blaming `argument`, for a rank that no projection of these layers has."""
     weights = (p for attn in layers for p in attention_parameters(attn).values() if p.ndim == 2)
     widest = min(min(weight.shape) for weight in weights)
     if type(rank) is not int or not 1 <= rank <= widest:
-        raise ValueError(f"rank: got {rank!r}, expected a whole number from 1 to {widest}")
+        raise ValueError(f"{argument}: got {rank!r}, expected a whole number from 1 to {widest}")

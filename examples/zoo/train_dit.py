@@ -89,6 +89,22 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat(batches) * vae.config.scaling_factor
 
 
+def optimizers(dit: DiTTransformer2DModel, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for everything else."""
+    named = dict(dit.named_parameters())
+    matrices = [p for n, p in named.items() if "transformer_blocks" in n and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in named.values() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(
+            matrices, learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(
+            others, learning_rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
+        ),
+    ]
+
+
 def preview(pipe: DiTPipeline, file: Path) -> None:
     """One picture of each class in the upper row, a second one below, from the same noise."""
     pipe.set_progress_bar_config(disable=True)
@@ -103,7 +119,7 @@ def preview(pipe: DiTPipeline, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    loop.add_arguments(parser, output="runs/dit", steps=8000, batch_size=32, learning_rate=1e-3)
+    loop.add_arguments(parser, output="runs/dit", steps=8000, batch_size=32, learning_rate=2e-3)
     parser.add_argument("--vae", type=Path, default=ZOO_VAE)
     args = parser.parse_args()
 
@@ -123,9 +139,7 @@ def main() -> None:
     compiled = torch.compile(dit, dynamic=False)
     params = list(dit.parameters())
     print(f"{sum(p.numel() for p in params):,} parameters, {len(items)} pictures", flush=True)
-    optimizer = torch.optim.AdamW(
-        params, args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, foreach=True
-    )
+    both = optimizers(dit, args.learning_rate)
 
     def losses(index: list[int]) -> dict[str, torch.Tensor]:
         clean = latents[index]
@@ -141,7 +155,7 @@ def main() -> None:
         )
         return {"loss": found.total, "simple": found.simple, "bound": found.bound}
 
-    loop.run(args, params, [optimizer], len(items), losses, partial(preview, pipe), warmup=300)
+    loop.run(args, params, both, len(items), losses, partial(preview, pipe), warmup=300)
     pipe = DiTPipeline(untied(dit), vae, scheduler, id2label=names)
     pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
 

@@ -34,6 +34,8 @@ class TrainConfig:
             Diffusion 3, "lit" for DiT and PixArt.
         weights: student weights to start from; None starts from the teacher's own.
         train_projections: also train to_q, to_k, to_v, to_out of each replaced layer.
+        projection_rank: what each projection learns is kept a difference of this rank to the
+            teacher's, and saved as that; None leaves it free.
         projection_mid_dim: of "linfusion": hidden width of the feature maps; None is the layer's
             own width.
         radius: of "clear": tokens nearer than this see one another; None is 8.
@@ -92,6 +94,7 @@ class TrainConfig:
     method: str = "linfusion"
     weights: str | None = None
     train_projections: bool = True
+    projection_rank: int | None = None
     projection_mid_dim: int | None = None
     radius: float | None = None
     down_factor: int | None = None
@@ -198,12 +201,17 @@ class TrainConfig:
             for name in names:
                 if method != self.method and getattr(self, name) is not None:
                     raise ValueError(f"{name}: given, but only method {method!r} has it")
+        if self.projection_rank is not None and (
+            self.method == "lit" or not self.train_projections
+        ):
+            raise ValueError("projection_rank: given, but the student keeps whole projections")
 
     def _check_numbers(self) -> None:
         at_least = dict.fromkeys(
             ("resolution", "train_batch_size", "num_train_epochs", "gradient_accumulation_steps",
              "vae_encode_batch_size", "teacher_steps", "logging_steps", "max_train_steps",
-             "max_train_samples", "num_teacher_images", "checkpoints_total_limit"),
+             "max_train_samples", "num_teacher_images", "checkpoints_total_limit",
+             "projection_rank"),
             1,
         ) | dict.fromkeys(
             ("lr_warmup_steps", "checkpointing_steps", "validation_steps", "kd_weight",

@@ -6,6 +6,7 @@ LinFusion, section 3.4, and CLEAR, section 3.3, take the same three.
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 import linfusion
 from linfusion.attention import get_method
-from linfusion.layers import RECORD, candidates, select
+from linfusion.fitting import attention_parameters
+from linfusion.layers import RECORD, TakenLayer, candidates, select
+from linfusion.lowrank import check_rank, low_rank_factors, save_low_rank
 from linfusion.weights import save
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
@@ -34,6 +37,7 @@ class Distillation:
         weights: student weights to start from, as `linfusion.linearize` takes them; None starts
             from the teacher's projections and a learned part that changes nothing.
         train_projections: also train to_q, to_k, to_v, to_out.
+        projection_rank: of what each of them learns, see `constrain`; None leaves it free.
         feature_layers: layers whose outputs are compared, as `linfusion.linearize` selects them;
             None takes all that are replaced.
         kd_weight, feature_weight: of L_kd and L_feat in the sum that is trained on.
@@ -50,6 +54,7 @@ class Distillation:
         method: str = "linfusion",
         weights: str | Path | None = None,
         train_projections: bool = True,
+        projection_rank: int | None = None,
         feature_layers: Sequence[str] | None = None,
         kd_weight: float = 0.5,
         feature_weight: float = 0.5,
@@ -62,6 +67,8 @@ class Distillation:
             features = select(features, feature_layers, "feature_layers")
         softmax = {path: attn.processor for path, attn in found.items()}
         base = {path: _projections(attn) for path, attn in found.items()}
+        if projection_rank is not None:
+            check_rank("projection_rank", projection_rank, found.values())
         if weights is not None:  # loading overwrites the projections, so the teacher needs its own
             base = copy.deepcopy(base)
         linfusion.linearize(model, method, weights=weights, **options)
@@ -77,6 +84,7 @@ class Distillation:
         del model.__dict__[RECORD]
         self.layers = {path: found[path] for path in self._record.layers}
         self._trains_projections = train_projections
+        self._rank = projection_rank
         self._was_training = model.training
         self._frozen = [p for p in model.parameters() if p.requires_grad]
         model.requires_grad_(False).eval()
@@ -145,11 +153,35 @@ class Distillation:
             "feature": torch.stack(list(self._feature_losses.values())).mean(),
         }
 
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Bring every projection to the nearest one of the rank that its change may have."""
+        if self._rank is None:
+            return
+        for path, attn in self.layers.items():
+            base = self._base_weights(path)
+            for name, parameter in attention_parameters(attn).items():
+                if parameter.ndim == 2:
+                    kept = base[name].to(parameter.device, torch.float32)
+                    b, a = low_rank_factors(parameter - kept, self._rank)
+                    parameter.copy_(kept.addmm(b, a))
+
     def save(self, folder: str | Path) -> None:
         """Write the student's weights, as `linfusion.linearize(..., weights=folder)` takes them."""
-        setattr(self.model, RECORD, self._record)
+        record = self._record
+        if self._rank is not None:  # a difference is one to the teacher's
+            taken = {
+                path: TakenLayer(layer.processor, self._base_weights(path))
+                for path, layer in record.layers.items()
+            }
+            record = replace(record, layers=taken)
+        setattr(self.model, RECORD, record)
+        whole = True if self._trains_projections else None
         try:
-            save(self.model, folder, attention_weights=True if self._trains_projections else None)
+            if self._rank is None:
+                save(self.model, folder, attention_weights=whole)
+            else:
+                save_low_rank(self.model, folder, rank=self._rank, dtype=torch.float32)
         finally:
             delattr(self.model, RECORD)
 
@@ -166,6 +198,14 @@ class Distillation:
         for parameter in self._frozen:
             parameter.requires_grad_(True)
         self.model.train(self._was_training)
+
+    def _base_weights(self, path: str) -> dict[str, Tensor]:
+        _, modules = self._teacher[path]
+        return {
+            f"{name}.{leaf}": parameter.detach()
+            for name, module in modules.items()
+            for leaf, parameter in module.named_parameters()
+        }
 
     def _install(self, parts: dict[str, tuple[Any, dict[str, nn.Module]]]) -> None:
         for path, (processor, projections) in parts.items():

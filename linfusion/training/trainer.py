@@ -53,6 +53,7 @@ from linfusion.training.variance import ClassTeacher, PixArtTeacher, VarianceTea
 from linfusion.training.whole import WholeStudent
 
 Pair = Distillation | WholeStudent
+CONSTRAINED_EVERY = 20  # steps
 FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -241,6 +242,7 @@ def _pair(config: TrainConfig, teacher: Teacher) -> Pair:
         method=config.method,
         weights=config.weights,
         train_projections=config.train_projections,
+        projection_rank=config.projection_rank,
         feature_layers=config.feature_layers or teacher.feature_layers(paths),
         kd_weight=config.kd_weight,
         feature_weight=config.feature_weight,
@@ -305,11 +307,13 @@ def _train(
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach()
             summed += 1
+        now = step + 1
+        if isinstance(pair, Distillation) and (now % CONSTRAINED_EVERY == 0 or now == steps):
+            pair.constrain()
         if ema is not None:
             ema.step(parameters)
         bar.update()
 
-        now = step + 1
         if now % config.logging_steps == 0 or now == steps:
             means = {name: (value / summed).item() for name, value in totals.items()}
             totals.clear()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from safetensors.torch import load_file
 
 import linfusion
 from linfusion.training import Distillation
@@ -194,3 +195,30 @@ def test_a_prediction_type_set_later_is_honoured():
 def test_an_unknown_prediction_type_is_refused():
     with pytest.raises(ValueError, match="prediction_type: the scheduler has 'sample', accepted"):
         noise_scheduler(DDPMScheduler(prediction_type="sample"))
+
+
+def test_what_a_projection_learns_is_kept_at_its_rank_and_saved_as_that(tmp_path):
+    unet = tiny_unet()
+    pair = Distillation(unet, projection_rank=2)
+    disturb(pair)
+    pair.constrain()
+    moved = denoise(unet)
+    path, attn = next(iter(pair.layers.items()))
+    with pair.teacher():
+        base = copy.deepcopy(unet.get_submodule(path).to_q.weight)
+    found = torch.linalg.svdvals(attn.to_q.weight - base)
+    assert found[1] > 1e-2 and found[2:].max() < 1e-5
+    pair.save(tmp_path)
+    pair.close()
+    linfusion.linearize(unet, weights=tmp_path)
+    torch.testing.assert_close(denoise(unet), moved, rtol=0, atol=1e-4)
+    names = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert f"{path}.to_q.lora_A.weight" in names and f"{path}.to_q.weight" not in names
+
+
+def test_a_rank_that_no_projection_has_is_refused_before_anything_changes():
+    unet = tiny_unet()
+    before = denoise(unet)
+    with pytest.raises(ValueError, match="projection_rank: got 4096, expected a whole number"):
+        Distillation(unet, projection_rank=4096)
+    assert torch.equal(denoise(unet), before) and linfusion.summary(unet)

@@ -9,6 +9,7 @@ heads; queries, keys, values and outputs keep their own strides, read and writte
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -18,10 +19,10 @@ from torch import Tensor
 from linfusion.kernels.linear_attention.common import RELU_EPS, accumulator
 from linfusion.kernels.pages import empty_output
 
-# Elements of a block: 2 MB in float32, near L2, and few enough calls. A short input is cut in SHARE
+# Elements of a block: 3 MB in float32, cached near the cores, and few enough calls. A short input is cut in SHARE
 # blocks, lest scratch outweigh the output, but not into less than SMALL bytes each, where calls
 # outweigh the work in them.
-BLOCK, SHARE, SMALL = 1 << 19, 6, 5 << 17
+BLOCK, SHARE, SMALL = 3 << 18, 6, 5 << 18
 # Sums of products have three levels, of CHAIN tokens, of RUN blocks, and of the whole: one long
 # chain would round worse than the eager formula.
 CHAIN, RUN = 256, 8
@@ -105,10 +106,13 @@ def read_forward(
 
 def _extent(*tensors: Tensor) -> tuple[int, int]:
     """How many sequences and how many tokens of each make a block of [B, N, H, *]."""
-    batch, tokens = tensors[0].shape[:2]
     width = max(t.shape[2] * t.shape[3] for t in tensors)
-    small = SMALL // tensors[0].element_size()
-    most = min(BLOCK, max(small, batch * tokens * width // SHARE))
+    return _cut(*tensors[0].shape[:2], width, tensors[0].element_size())
+
+
+@functools.lru_cache(256)
+def _cut(batch: int, tokens: int, width: int, element_size: int) -> tuple[int, int]:
+    most = min(BLOCK, max(SMALL // element_size, batch * tokens * width // SHARE))
     size = max(1, most // width)
     blocks = -(-tokens // size)
     return max(1, size // tokens), -(-tokens // blocks)  # of equal length but for the last
@@ -127,8 +131,10 @@ def _blocks(*tensors: Tensor, run: int = 1) -> Iterator[tuple[slice, slice]]:
 
 def _scratch(dtype: torch.dtype, *tensors: Tensor, buffers: int = 2) -> list[Tensor]:
     """Flat buffers, each long enough for a block of any of the tensors."""
-    b, n = next(_blocks(*tensors))
-    size = max(t[b, n].numel() for t in tensors)
+    batch, tokens = tensors[0].shape[:2]
+    group, length = _extent(*tensors)
+    rows = min(group, batch) * min(length, tokens)
+    size = rows * max(t.shape[2] * t.shape[3] for t in tensors)
     return [torch.empty(size, dtype=dtype, device=tensors[0].device) for _ in range(buffers)]
 
 
