@@ -19,9 +19,9 @@ from torch import Tensor
 from linfusion.kernels.linear_attention.common import RELU_EPS, accumulator
 from linfusion.kernels.pages import empty_output
 
-# Elements of a block: 3 MB in float32, cached near the cores, and few enough calls. A short input is cut in SHARE
-# blocks, lest scratch outweigh the output, but not into less than SMALL bytes each, where calls
-# outweigh the work in them.
+# Elements of a block: 3 MB in float32, cached near the cores, and few enough calls. A short input
+# is cut in SHARE blocks, lest scratch outweigh the output, but not into less than SMALL bytes each,
+# where calls outweigh the work in them.
 BLOCK, SHARE, SMALL = 3 << 18, 6, 5 << 18
 # Sums of products have three levels, of CHAIN tokens, of RUN blocks, and of the whole: one long
 # chain would round worse than the eager formula.
