@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import data
 import loop
@@ -27,6 +29,7 @@ from linfusion.training.hybrid import hybrid_losses
 
 SIZE = 128
 DROPPED = 0.1  # of the labels
+KD, KD_VARIANCE = 0.5, 0.05  # λ₁ and λ₂ of LiT's class-conditional models
 ZOO_VAE = Path(__file__).parents[2] / "linfusion" / "zoo" / "emoji" / "vae"
 
 
@@ -105,6 +108,45 @@ def optimizers(dit: DiTTransformer2DModel, learning_rate: float) -> list[torch.o
     ]
 
 
+def objective(
+    dit: Callable[..., Any],
+    latents: torch.Tensor,
+    classes: torch.Tensor,
+    scheduler: DDPMScheduler,
+    teacher: Callable[..., Any] | None = None,
+) -> Callable[[list[int]], dict[str, torch.Tensor]]:
+    """Losses of a batch of examples by their numbers; with a teacher, LiT's of distillation too."""
+
+    def losses(index: list[int]) -> dict[str, torch.Tensor]:
+        clean = latents[index]
+        noise = torch.randn_like(clean)
+        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(index),))
+        dropped = torch.rand(len(index)) < DROPPED
+        labels = torch.where(dropped, len(CLASSES), classes[index])
+        noisy = scheduler.add_noise(clean, noise, t)
+        taught = None
+        with torch.autocast("cpu", torch.bfloat16):
+            if teacher is not None:
+                with torch.no_grad():
+                    taught = teacher(noisy, t, labels).sample
+            out = dit(noisy, t, labels).sample
+        weights = (0.0, 0.0) if teacher is None else (KD, KD_VARIANCE)
+        found = hybrid_losses(
+            out,
+            taught,
+            noise,
+            noisy,
+            clean,
+            t,
+            scheduler,
+            kd_noise=weights[0],
+            kd_variance=weights[1],
+        )
+        return {"loss": found.total, "simple": found.simple, "bound": found.bound}
+
+    return losses
+
+
 def preview(pipe: DiTPipeline, file: Path) -> None:
     """One picture of each class in the upper row, a second one below, from the same noise."""
     pipe.set_progress_bar_config(disable=True)
@@ -136,25 +178,11 @@ def main() -> None:
     names = dict(enumerate(CLASSES))
     pipe = DiTPipeline(dit, vae, scheduler, id2label=names)
 
-    compiled = torch.compile(dit, dynamic=False)
     params = list(dit.parameters())
     print(f"{sum(p.numel() for p in params):,} parameters, {len(items)} pictures", flush=True)
     both = optimizers(dit, args.learning_rate)
 
-    def losses(index: list[int]) -> dict[str, torch.Tensor]:
-        clean = latents[index]
-        noise = torch.randn_like(clean)
-        t = torch.randint(0, scheduler.config.num_train_timesteps, (len(index),))
-        dropped = torch.rand(len(index)) < DROPPED
-        labels = torch.where(dropped, len(CLASSES), classes[index])
-        noisy = scheduler.add_noise(clean, noise, t)
-        with torch.autocast("cpu", torch.bfloat16):
-            out = compiled(noisy, t, labels).sample
-        found = hybrid_losses(
-            out, None, noise, noisy, clean, t, scheduler, kd_noise=0.0, kd_variance=0.0
-        )
-        return {"loss": found.total, "simple": found.simple, "bound": found.bound}
-
+    losses = objective(torch.compile(dit, dynamic=False), latents, classes, scheduler)
     loop.run(args, params, both, len(items), losses, partial(preview, pipe), warmup=300)
     pipe = DiTPipeline(untied(dit), vae, scheduler, id2label=names)
     pipe.to(torch.float16).save_pretrained(args.output / "pipeline")

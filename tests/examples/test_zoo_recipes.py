@@ -21,7 +21,7 @@ def script(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     with torch.compiler.set_stance("force_eager"):
         yield importlib.import_module
-    recipes = ("train_vae", "train_unet", "train_dit", "train_flux", "export")
+    recipes = ("train_vae", "train_unet", "train_dit", "train_flux", "export", "ablate_dit")
     for name in ("data", "text", "loop", "classes", *recipes):
         sys.modules.pop(name, None)
 
@@ -121,6 +121,20 @@ def test_a_stopped_training_of_the_dit_goes_on_to_the_same_weights(script, monke
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     names = json.loads((tmp_path / "whole" / "pipeline" / "model_index.json").read_text())
     assert names["id2label"] == {str(i): c for i, c in enumerate(train_dit.CLASSES)}
+
+
+def test_models_of_the_ablation_are_judged_on_the_way(script, monkeypatch, tmp_path):
+    train_dit, ablate_dit = script("train_dit"), script("ablate_dit")
+    monkeypatch.setattr(train_dit, "preview", lambda pipe, file: None)
+    flags = ("--data", PICTURES, "--batch-size", 2)
+    run(train_dit, monkeypatch, *flags, "--steps", 1, "--output", tmp_path / "dit")
+    flags = (*flags, "--steps", 2, "--preview-every", 1, "--count", 2, "--output", tmp_path)
+    arms = ("--arm", "distillation", "--arm", "linear")
+    run(ablate_dit, monkeypatch, *flags, *arms, "--teacher", tmp_path / "dit" / "pipeline")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found.keys() == {"teacher", "distillation", "linear"}
+    assert found["linear"].keys() == found["distillation"].keys() == {"1", "2"}
+    assert found["linear"]["2"] != found["distillation"]["2"] > 0 and found["teacher"] > 0
 
 
 def test_every_picture_has_the_class_of_what_it_shows(script):
