@@ -10,10 +10,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from linfusion.attention.bimamba2 import BiMamba2
     from linfusion.attention.clear import CLEARProcessor
     from linfusion.attention.linfusion import LinFusionProcessor
     from linfusion.attention.lit import LiTProcessor
-    from linfusion.attention.mamba2 import BiMamba2, Mamba2
+    from linfusion.attention.mamba2 import Mamba2
     from linfusion.attention.mate import MATE
     from linfusion.attention.tesa import TESA
     from linfusion.fuse import fuse, unfuse
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "BiMamba2": "linfusion.attention.mamba2",
+    "BiMamba2": "linfusion.attention.bimamba2",
     "CLEARProcessor": "linfusion.attention.clear",
     "HighResPipeline": "linfusion.pipelines.highres",
     "LinFusion": "linfusion.weights",

@@ -9,7 +9,8 @@ from diffusers.models.attention_processor import Attention
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from linfusion.attention.mamba2 import BiMamba2, Mamba2, Mamba2State
+from linfusion.attention.bimamba2 import BiMamba2
+from linfusion.attention.mamba2 import Mamba2, Mamba2State
 
 
 def tokens(length, width=24, batch=2, dtype=torch.float64):
