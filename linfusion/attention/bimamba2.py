@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
 DIRECTIONS = ("flip_sum", "hydra")
+QK_NORMS = ("rms_norm", "rms_norm_across_heads", "layer_norm", "layer_norm_across_heads")
+OPTIONS = ("d_conv", "chunk_size", "share_bc", "share_dt", "average")  # of `like_attention`
 _OPEN_GATE = 1.2784645427610738  # silu of it is 1
 
 
@@ -59,6 +61,14 @@ class BiMamba2(nn.Module):
         chunk_size: of the scan, at most 64; changes time and rounding only. On a CPU about headdim
             is fastest.
         norm_eps: of the norm.
+        qk_norm: of B and C after the convolution, for layers made from attention that norms its
+            keys and queries: one of `QK_NORMS`, as diffusers calls them, or None. C is then scaled
+            by 1/√N, as scores are there.
+        qk_norm_eps: of that; None is PyTorch's default.
+        share_bc, share_dt: of "flip_sum", whether both directions have the same rows of in_proj for
+            B and C, and for Δ (the bias of Δ is never shared). "hydra" shares neither.
+        average: of "flip_sum", halve the sum of the directions, so that a token's own share, which
+            both have, counts once.
 
     Raises:
         ValueError: a value that is out of range; the message names it and what is accepted.
@@ -78,6 +88,11 @@ class BiMamba2(nn.Module):
         bias: bool = False,
         chunk_size: int = 64,
         norm_eps: float = 1e-5,
+        qk_norm: str | None = None,
+        qk_norm_eps: float | None = 1e-6,
+        share_bc: bool = True,
+        share_dt: bool = False,
+        average: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
@@ -88,14 +103,35 @@ class BiMamba2(nn.Module):
         hydra = bidirectional == "hydra"
         if hydra and d_conv % 2 == 0:
             raise ValueError(f"d_conv: got {d_conv}, expected an odd number for 'hydra'")
+        for name, value, usual in (
+            ("qk_norm", qk_norm, None),
+            ("share_bc", share_bc, True),
+            ("share_dt", share_dt, False),
+            ("average", average, False),
+        ):
+            if name != "qk_norm" and type(value) is not bool:
+                raise ValueError(f"{name}: got {value!r}, expected True or False")
+            if hydra and value != usual:
+                raise ValueError(f"{name}: got {value!r}, expected {usual} for 'hydra'")
+        if qk_norm is not None and qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm: got {qk_norm!r}, expected one of {QK_NORMS} or None")
         d_inner = inner_channels(d_model, expand)
         self.heads = head_count(d_inner, headdim, ngroups)
         self.d_inner, self.headdim = d_inner, headdim
         self.ngroups, self.d_state, self.features = ngroups, d_state, ngroups * d_state
         self.bidirectional, self.conv_act, self.chunk_size = bidirectional, conv_act, chunk_size
+        self.average = average
 
         conv_dim = d_inner + (4 if hydra else 2) * self.features
-        self.in_proj = nn.Linear(d_model, d_inner + conv_dim + 2 * self.heads, bias=bias)
+        # Rows of in_proj: z, x B C, dt, then those of the backward direction alone.
+        self.rows = [
+            d_inner,
+            conv_dim,
+            self.heads,
+            0 if share_bc else 2 * self.features,
+            0 if share_dt else self.heads,
+        ]
+        self.in_proj = nn.Linear(d_model, sum(self.rows), bias=bias)
         self.conv1d = DepthwiseConv(conv_dim, d_conv)
         self.dt_bias = first_steps(self.heads, 0.001, 0.1, 1e-4)
         if hydra:
@@ -114,37 +150,63 @@ class BiMamba2(nn.Module):
             self.register_load_state_dict_pre_hook(_complete)
         spare_decay(self.dt_bias, self.A_log, self.D)
         self.norm = GatedRMSNorm(d_inner, ngroups, norm_eps, hydra) if rmsnorm else None
+        self.qk_norm = qk_norm
+        self.norm_q = _qk_norm(qk_norm, qk_norm_eps, d_state, self.features)
+        self.norm_k = _qk_norm(qk_norm, qk_norm_eps, d_state, self.features)
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
     @classmethod
     def from_attention(cls, attn: Attention, **options: Any) -> BiMamba2:
         """A layer that starts from the weights of softmax attention (LinGen-Uni's idea).
 
-        C <- to_q / √P, B <- to_k, x <- to_v, out_proj <- to_out.0; the gate is 1, there is no norm,
-        the convolution passes its input on, and Δ A is so small that the scan hardly forgets:
-        y_i = Σ_j Δ exp(-Δ |i - j|) (q_i·k_j / √P) v_j, the token itself counted twice.
+        It is `like_attention` with what `inherit` takes over.
 
         Args:
             attn: self-attention of diffusers, all of whose projections have C rows.
-            options: `d_conv` and `chunk_size` of the layer.
+            options: of `like_attention`.
 
         Raises:
-            ValueError: the attention has norms on queries and keys, or another number of channels
-                inside or of key and value heads than outside.
+            ValueError: the attention has norms that are none of `QK_NORMS`, or another number of
+                channels inside or of key and value heads than outside; an option there is not.
         """
-        if attn.norm_q is not None or attn.norm_k is not None:
-            raise ValueError("attn: has norm_q or norm_k, which the scan has no place for")
         projections = [attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]]
         width = attn.to_q.in_features
         if any(p.weight.shape != (width, width) for p in projections):
             shapes = [tuple(p.weight.shape) for p in projections]
             raise ValueError(f"attn: expected projections of {width} by {width}, got {shapes}")
-        unknown = sorted(set(options) - {"d_conv", "chunk_size"})
+        qk_norm, eps = qk_norm_of(attn)
+        layer = cls.like_attention(
+            width, attn.heads, qk_norm=qk_norm, qk_norm_eps=eps, **options
+        ).to(attn.to_q.weight)
+        layer.inherit(attn)
+        return layer
+
+    @classmethod
+    def like_attention(
+        cls,
+        width: int,
+        heads: int,
+        *,
+        qk_norm: str | None,
+        qk_norm_eps: float | None,
+        **options: Any,
+    ) -> BiMamba2:
+        """A layer of the shape that takes over attention of `heads` heads over `width` channels.
+
+        Args:
+            width: channels outside and inside; the heads divide it.
+            heads: of the attention.
+            qk_norm, qk_norm_eps: as `qk_norm_of` finds them.
+            options: `d_conv`, `chunk_size`, `share_bc`, `share_dt` and `average` of the layer.
+
+        Raises:
+            ValueError: an option there is not, or a value that is out of range.
+        """
+        unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
-            raise ValueError(f"{unknown[0]}: expected only d_conv and chunk_size as options")
-        heads = attn.heads
+            raise ValueError(f"{unknown[0]}: expected only {', '.join(OPTIONS)} as options")
         head = width // heads
-        layer = cls(
+        return cls(
             width,
             d_state=head,
             expand=1,
@@ -153,28 +215,58 @@ class BiMamba2(nn.Module):
             conv_act=None,
             rmsnorm=False,
             bias=True,
+            qk_norm=qk_norm,
+            qk_norm_eps=qk_norm_eps,
             **options,
-        ).to(attn.to_q.weight)
-        with torch.no_grad():
-            rows = layer.in_proj.weight.split([width] * 4 + [2 * heads])
-            biases = layer.in_proj.bias.split([width] * 4 + [2 * heads])
-            for t in (rows[0], rows[4], biases[4], layer.D, layer.D_b, layer.A_log, layer.A_log_b):
-                t.zero_()
-            biases[0].fill_(_OPEN_GATE)
-            sources = [(attn.to_v, 1.0), (attn.to_k, 1.0), (attn.to_q, head**-0.5)]
-            for row, bias, (source, scale) in zip(rows[1:4], biases[1:4], sources, strict=True):
-                row.copy_(source.weight * scale)
-                bias.zero_() if source.bias is None else bias.copy_(source.bias * scale)
-            out = attn.to_out[0]
-            layer.out_proj.weight.copy_(out.weight)
-            layer.out_proj.bias.zero_() if out.bias is None else layer.out_proj.bias.copy_(out.bias)
-            for conv in (layer.conv1d, layer.conv1d_b):
-                conv.weight.zero_()[..., -1] = 1
-                assert conv.bias is not None
-                conv.bias.zero_()
-            for steps in (layer.dt_bias, layer.dt_bias_b):
-                steps.fill_(math.log(math.expm1(1e-3)))
-        return layer
+        )
+
+    @torch.no_grad()
+    def inherit(self, attn: Any) -> None:
+        """Give a layer that is like an attention the weights of it.
+
+        C <- to_q / √P, B <- to_k, x <- to_v, out_proj <- to_out.0; with norms, C <- to_q and the
+        norms of C and B <- those of queries and keys. The gate is 1, there is no further norm, the
+        convolution passes its input on, and Δ A is so small that the scan hardly forgets:
+        y_i = Σ_j Δ exp(-Δ |i - j|) (q_i·k_j / √P) v_j, the token itself counted twice. Rotary
+        embeddings have no place in it: q and k are those before.
+
+        Args:
+            attn: with plain projections to_q, to_k, to_v, to_out.0 and perhaps norm_q and norm_k.
+        """
+        scale = self.headdim**-0.5 if self.qk_norm is None else 1.0
+        sources = [(attn.to_v, 1.0), (attn.to_k, 1.0), (attn.to_q, scale)]
+        width, (*_, bc, _) = self.d_inner, self.rows
+        self.in_proj.weight.zero_()
+        self.in_proj.bias.zero_()
+        self.in_proj.bias[:width] = _OPEN_GATE
+        starts = [(width, sources)]
+        if bc:
+            starts.append((4 * width + self.heads, sources[1:]))
+        for start, taken in starts:
+            for source, factor in taken:
+                rows = slice(start, start + width)
+                self.in_proj.weight[rows] = source.weight.to(self.in_proj.weight) * factor
+                if source.bias is not None:
+                    self.in_proj.bias[rows] = source.bias.to(self.in_proj.bias) * factor
+                start += width
+        out = attn.to_out[0]
+        self.out_proj.weight.copy_(out.weight)
+        self.out_proj.bias.zero_() if out.bias is None else self.out_proj.bias.copy_(out.bias)
+        for ours, theirs in ((self.norm_q, attn.norm_q), (self.norm_k, attn.norm_k)):
+            for name, parameter in () if ours is None else ours.named_parameters():
+                given = getattr(theirs, name, None)
+                if given is None:
+                    parameter.fill_(float(name == "weight"))
+                else:
+                    parameter.copy_(given)
+        for conv in (self.conv1d, self.conv1d_b):
+            conv.weight.zero_()[..., -1] = 1
+            assert conv.bias is not None
+            conv.bias.zero_()
+        for zero in (self.D, self.D_b, self.A_log, self.A_log_b):
+            zero.zero_()
+        for steps in (self.dt_bias, self.dt_bias_b):
+            steps.fill_(math.log(math.expm1(1e-3)))
 
     def forward(
         self,
@@ -207,11 +299,12 @@ class BiMamba2(nn.Module):
         if not 0 <= lead < u.shape[1]:
             raise ValueError(f"lead: got {lead}, expected 0 to {u.shape[1] - 1}")
         first = lead if lead_first else 0
-        z, xbc, dt, dt_b = self.in_proj(u).split(
-            [self.d_inner, self.conv1d.in_channels, self.heads, self.heads], -1
-        )
+        z, xbc, dt, bc_b, dt_b = self.in_proj(u).split(self.rows, -1)
+        if not self.rows[-1]:
+            dt_b = dt
         if self.bidirectional == "flip_sum":
-            y, carried = self._flip_sum(xbc, dt, dt_b, state, first, lead)
+            xbc_b = torch.cat([xbc[..., : self.d_inner], bc_b], -1) if self.rows[3] else xbc
+            y, carried = self._flip_sum((xbc, xbc_b), (dt, dt_b), state, first, lead)
         elif state is not None or return_state:
             raise ValueError("state: 'hydra' has none, its convolution sees what is to come")
         else:
@@ -222,16 +315,15 @@ class BiMamba2(nn.Module):
 
     def _flip_sum(
         self,
-        xbc: Tensor,
-        dt: Tensor,
-        dt_b: Tensor,
+        xbc: tuple[Tensor, Tensor],
+        dt: tuple[Tensor, Tensor],
         state: Mamba2State | None,
         first: int,
         lead: int,
     ) -> tuple[Tensor, Mamba2State]:
         """y [B, L - lead, H, P]; the two directions are heads of one scan."""
-        padded = continued(xbc, None if state is None else state.conv, self.conv1d.taps)
-        padded_b = continued(_flipped(xbc, first), None, self.conv1d_b.taps)
+        padded = continued(xbc[0], None if state is None else state.conv, self.conv1d.taps)
+        padded_b = continued(_flipped(xbc[1], first), None, self.conv1d_b.taps)
         sizes = [self.d_inner, self.features, self.features]
         x, B, C = (
             self._activated(torch.cat(pair, -1))
@@ -241,15 +333,20 @@ class BiMamba2(nn.Module):
                 strict=True,
             )
         )
+        x = x.unflatten(-1, (2 * self.heads, self.headdim))
+        B = self._normed(self.norm_k, B.unflatten(-1, (2 * self.ngroups, self.d_state)))
+        C = self._normed(self.norm_q, C.unflatten(-1, (2 * self.ngroups, self.d_state)))
+        if self.qk_norm is not None:
+            C = C * self.d_state**-0.5
         initial = None
         if state is not None:
             initial = torch.cat([state.ssm, torch.zeros_like(state.ssm)], 1)
         y, h = ssd_scan(
-            x.unflatten(-1, (2 * self.heads, self.headdim)),
-            torch.cat([dt, _flipped(dt_b, first)], -1),
+            x,
+            torch.cat([dt[0], _flipped(dt[1], first)], -1),
             decay(torch.cat([self.A_log, self.A_log_b])),
-            B.unflatten(-1, (2 * self.ngroups, self.d_state)),
-            C.unflatten(-1, (2 * self.ngroups, self.d_state)),
+            B,
+            C,
             chunk_size=self.chunk_size,
             D=torch.cat([self.D, self.D_b]),
             dt_bias=torch.cat([self.dt_bias, self.dt_bias_b]),
@@ -259,6 +356,8 @@ class BiMamba2(nn.Module):
         )
         forward, backward = y.split(self.heads, 2)
         y = forward[:, lead:] + _flipped(backward, first)[:, lead:]
+        if self.average:
+            y = y / 2
         return y, Mamba2State(tail_of(padded, self.conv1d.taps), h[:, : self.heads])
 
     def _hydra(self, xbc: Tensor, dt: Tensor, dt_b: Tensor, first: int, lead: int) -> Tensor:
@@ -291,6 +390,16 @@ class BiMamba2(nn.Module):
     def _activated(self, x: Tensor) -> Tensor:
         return x if self.conv_act is None else F.silu(x)
 
+    def _normed(self, norm: nn.Module | None, x: Tensor) -> Tensor:
+        """[B, L, 2·G, N] of both directions, normed as queries or keys are."""
+        if norm is None:
+            return x
+        if self.qk_norm is not None and self.qk_norm.endswith("across_heads"):
+            x = x.unflatten(2, (2, self.ngroups)).flatten(-2)
+            return norm(x).unflatten(-1, (self.ngroups, self.d_state)).flatten(2, 3)
+        normed: Tensor = norm(x)
+        return normed
+
 
 def _complete(
     layer: nn.Module, state: dict[str, Any], prefix: str, *args: object, **kwargs: object
@@ -302,10 +411,12 @@ def _complete(
         backward = f"{prefix}{head}_b{dot}{leaf}"
         if prefix + name in state and backward not in state:
             state[backward] = state[prefix + name]
+    z, xbc, dt, bc_b, dt_b = layer.rows
     for name in ("in_proj.weight", "in_proj.bias"):
         rows = state.get(prefix + name)
-        if rows is not None and rows.shape[0] == layer.in_proj.out_features - layer.heads:
-            state[prefix + name] = torch.cat([rows, rows[-layer.heads :]])
+        if rows is not None and rows.shape[0] == z + xbc + dt and (bc_b or dt_b):
+            both = rows[z + xbc - bc_b : z + xbc], rows[z + xbc + dt - dt_b :]
+            state[prefix + name] = torch.cat([rows, *both])
 
 
 def _flipped(x: Tensor, first: int) -> Tensor:
@@ -313,3 +424,39 @@ def _flipped(x: Tensor, first: int) -> Tensor:
     if not first:
         return x.flip(1)
     return torch.cat([x[:, :first].flip(1), x[:, first:].flip(1)], 1)
+
+
+def qk_norm_of(attn: Any) -> tuple[str | None, float | None]:
+    """Which of `QK_NORMS` an attention has on its queries and keys, or None, and its eps.
+
+    Raises:
+        ValueError: another one, or one on queries or keys alone.
+    """
+    norms = [attn.norm_q, attn.norm_k]
+    if norms == [None, None]:
+        return None, 1e-6
+    found = set()
+    for norm in norms:
+        kind = type(norm).__name__
+        name = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm"}.get(kind)
+        size = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
+        channels = 0 if name is None else math.prod(size or ())
+        across = {attn.inner_dim // attn.heads: "", attn.inner_dim: "_across_heads"}
+        if name is None or channels not in across:
+            raise ValueError(
+                f"attn: norms queries and keys with {norms[0]} and {norms[1]}; the scan has a place"
+                f" for {', '.join(QK_NORMS)}"
+            )
+        found.add((name + across[channels], norm.eps))
+    if len(found) > 1:
+        raise ValueError(f"attn: norm_q and norm_k differ: {sorted(found)}")
+    return found.pop()
+
+
+def _qk_norm(kind: str | None, eps: float | None, channels: int, across: int) -> nn.Module | None:
+    if kind is None:
+        return None
+    size = across if kind.endswith("across_heads") else channels
+    if kind.startswith("rms"):
+        return nn.RMSNorm(size, eps=eps)
+    return nn.LayerNorm(size, eps=1e-5 if eps is None else eps)

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from linfusion.attention.bimamba2 import BiMamba2
+from linfusion.attention.bimamba2 import QK_NORMS, BiMamba2
 from linfusion.attention.mamba2 import Mamba2, Mamba2State
 
 
@@ -224,9 +224,16 @@ def test_from_attention_starts_as_the_attention_without_its_softmax():
     torch.testing.assert_close(layer(x), attn.to_out[0](y), atol=1e-9, rtol=1e-7)
 
 
-@pytest.mark.parametrize("bidirectional", ["flip_sum", "hydra"])
-def test_every_parameter_gets_a_gradient(bidirectional):
-    layer = both(bidirectional)
+@pytest.mark.parametrize(
+    "bidirectional, options",
+    [
+        ("flip_sum", {}),
+        ("flip_sum", {"share_bc": False, "share_dt": True, "qk_norm": "layer_norm_across_heads"}),
+        ("hydra", {}),
+    ],
+)
+def test_every_parameter_gets_a_gradient(bidirectional, options):
+    layer = both(bidirectional, **options)
     layer(tokens(12), lead=3).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
 
@@ -240,6 +247,12 @@ def test_every_parameter_gets_a_gradient(bidirectional):
         ({"bidirectional": "hydra"}, "d_conv: got 4, expected an odd number"),
         ({"conv_act": "relu"}, "conv_act: got 'relu', expected 'silu' or None"),
         ({"d_state": 0}, "d_state: got 0, expected a positive whole number"),
+        ({"qk_norm": "l2"}, "qk_norm: got 'l2', expected one of"),
+        ({"share_bc": 1}, "share_bc: got 1, expected True or False"),
+        (
+            {"bidirectional": "hydra", "d_conv": 7, "average": True},
+            "average: got True, expected False for 'hydra'",
+        ),
     ],
 )
 def test_a_bad_option_is_named(options, message):
@@ -257,7 +270,89 @@ def test_a_bad_input_is_named():
         both("hydra")(tokens(5), return_state=True)
 
 
-def test_attention_with_norms_is_refused():
-    attn = Attention(24, heads=3, dim_head=8, qk_norm="rms_norm")
-    with pytest.raises(ValueError, match="attn: has norm_q or norm_k"):
+def normed(kind):
+    torch.manual_seed(0)
+    attn = Attention(24, heads=3, kv_heads=3, dim_head=8, bias=True, qk_norm=kind, eps=1e-6)
+    return shaken(attn)
+
+
+@pytest.mark.parametrize("kind", QK_NORMS)
+def test_from_attention_norms_queries_and_keys_as_the_attention_does(kind):
+    attn, x = normed(kind), tokens(17)
+    layer = BiMamba2.from_attention(attn)
+    q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+    if kind.endswith("across_heads"):
+        q, k = attn.norm_q(q), attn.norm_k(k)
+    q, k, v = (t.unflatten(-1, (3, 8)) for t in (q, k, v))
+    if not kind.endswith("across_heads"):
+        q, k = attn.norm_q(q), attn.norm_k(k)
+    n = torch.arange(17)
+    weight = 1e-3 * torch.exp(-1e-3 * (n[:, None] - n).abs()) * (1 + (n[:, None] == n).double())
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5 * weight
+    y = torch.einsum("bhij,bjhd->bihd", scores, v).flatten(2)
+    expected = attn.to_out[0](y)
+    # Float32 inside diffusers' norms; without ours the difference is 1e-3 and more.
+    torch.testing.assert_close(layer(x), expected, atol=1e-8, rtol=1e-5)
+    bare = BiMamba2.from_attention(attn)
+    bare.norm_q = bare.norm_k = None
+    assert (bare(x) - expected).abs().max() > 1e-3
+
+
+def test_a_norm_the_scan_has_no_place_for_is_refused():
+    attn = normed("l2")
+    with pytest.raises(ValueError, match="attn: norms queries and keys with LpNorm"):
         BiMamba2.from_attention(attn)
+    attn = normed("rms_norm")
+    attn.norm_k.eps = 1e-3
+    with pytest.raises(ValueError, match="attn: norm_q and norm_k differ"):
+        BiMamba2.from_attention(attn)
+
+
+def test_average_halves_the_sum_of_the_directions():
+    x, whole, half = tokens(13), both(), both(average=True)
+    half.load_state_dict(whole.state_dict())
+    for layer in (whole, half):
+        layer.norm = None  # which would undo it
+    with torch.no_grad():
+        torch.testing.assert_close(half(x), whole(x) / 2, atol=1e-12, rtol=0)
+
+
+def test_directions_share_what_they_are_told_to():
+    sizes = {
+        name: both(**options).in_proj.out_features
+        for name, options in {
+            "usual": {},
+            "own_bc": {"share_bc": False},
+            "one_dt": {"share_dt": True},
+        }.items()
+    }
+    assert sizes["own_bc"] - sizes["usual"] == 2 * 6
+    assert sizes["usual"] - sizes["one_dt"] == 6
+
+
+@pytest.mark.parametrize("share_bc", [True, False])
+@pytest.mark.parametrize("share_dt", [True, False])
+def test_with_equal_rows_sharing_changes_nothing(share_bc, share_dt):
+    torch.manual_seed(0)
+    one = shaken(Mamba2(24, d_state=6, headdim=8, ngroups=2))
+    x, outs = tokens(19), []
+    for options in ({}, {"share_bc": share_bc, "share_dt": share_dt}):
+        layer = BiMamba2(24, d_state=6, headdim=8, ngroups=2, **options).double()
+        layer.load_state_dict(one.state_dict())
+        outs.append(layer(x, lead=3))
+    torch.testing.assert_close(*outs, atol=1e-12, rtol=0)
+
+
+def test_the_backward_direction_has_its_own_keys_and_queries():
+    layer, x = both(share_bc=False), tokens(9)
+    before = layer(x)
+    first = 48 + layer.conv1d.in_channels + layer.heads
+    with torch.no_grad():
+        layer.in_proj.weight[first : first + 12] += 0.1
+        layer.D_b.zero_()
+        layer.conv1d_b.weight.zero_()
+        layer.conv1d_b.bias.zero_()
+        silenced = layer(x)
+        layer.in_proj.weight[first : first + 12] -= 0.1
+        torch.testing.assert_close(layer(x), silenced, atol=1e-12, rtol=0)
+    assert (silenced - before).abs().max() > 1e-3
