@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from linfusion.attention.lit import LiTProcessor
     from linfusion.attention.mamba2 import Mamba2
     from linfusion.attention.mate import MATE
+    from linfusion.attention.mate_processor import MATEProcessor
     from linfusion.attention.tesa import TESA
     from linfusion.fuse import fuse, unfuse
     from linfusion.inherit import inherit
@@ -37,6 +38,7 @@ _HOME = {
     "LinGenTransformer3DModel": "linfusion.models",
     "LiTProcessor": "linfusion.attention.lit",
     "MATE": "linfusion.attention.mate",
+    "MATEProcessor": "linfusion.attention.mate_processor",
     "Mamba2": "linfusion.attention.mamba2",
     "StreamState": "linfusion.models",
     "TESA": "linfusion.attention.tesa",
@@ -60,6 +62,7 @@ __all__ = [
     "LinFusion",
     "LinFusionProcessor",
     "LinGenTransformer3DModel",
+    "MATEProcessor",
     "Mamba2",
     "StreamState",
     "__version__",

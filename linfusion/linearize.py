@@ -56,13 +56,14 @@ def linearize(
         model_or_pipe: a pipeline (its `unet` or `transformer` is taken; pass `pipe.controlnet` to
             take that), or a model: for "linfusion" one whose self-attention is diffusers'
             `Attention`, for "clear" a FLUX or Stable Diffusion 3 transformer, for "lit" a DiT or
-            PixArt transformer.
-        method: name of the mechanism: "linfusion", "clear" or "lit"; None is that of the weights,
-            and "linfusion" without weights.
+            PixArt transformer, for "mate" that of Wan, SANA-Video or CogVideoX.
+        method: name of the mechanism: "linfusion", "clear", "lit" or "mate"; None is that of the
+            weights, and "linfusion" without weights.
         weights: a distilled student: a folder or hub name in our form or the authors', a
             `.safetensors` file of CLEAR's authors (a path, or "user/repository/file.safetensors" on
             the hub), or a `LinFusion`. Where it holds attention projections they replace the
-            model's own until `restore`. None attaches a fresh learned part, which is for training.
+            model's own until `restore`. None attaches a fresh learned part, which is for training;
+            that of "mate" starts from the model's own projections.
         layers: None takes every layer the weights are for, or every one there is; else a level
             ("down_blocks.0", "mid_block"), a regular expression over layer paths, several of
             those, or "auto": those that cost less than softmax at `size`.
@@ -73,7 +74,8 @@ def linearize(
             layer has, -1: none). "clear": those of `linfusion.attention.clear.Window`, as
             `radius=8, down_factor=1, proportional=False`; what is not given is as the weights say.
             "lit": those of `linfusion.attention.lit.Form`, as `heads=2, conv="value_shared"`, and
-            `softmax_every=n`, which leaves every n-th layer as it is.
+            `softmax_every=n`, which leaves every n-th layer as it is. "mate": those of
+            `linfusion.attention.mate_processor.Mixture`, as `window=(8, 4, 4)`.
 
     Returns:
         `model_or_pipe`.
@@ -118,7 +120,7 @@ def linearize(
         for name, value in options.items()
         if value is not None or name in mechanism.nullable
     }
-    settings = mechanism.settings(list(found), stored, options)
+    settings = mechanism.settings(found, stored, options)
     learned: dict[str, dict[str, Any]] = (
         {path: {} for path in found}
         if side is None
@@ -160,6 +162,8 @@ def linearize(
         for path in paths:
             attn = found[path]
             taken = record.layers[path] = TakenLayer(attn.processor)
+            if side is None and mechanism.inherit is not None:
+                mechanism.inherit(attn, children[path])
             put_in(attn, learned[path], taken)
             device = projections(attn)["to_q"].weight.device
             attn.add_module(mechanism.name, children[path].to(device))
