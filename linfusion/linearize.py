@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from linfusion.attention import get_method
+from linfusion.attention import get_method, volumes
 from linfusion.fitting import fit, method_of, put_in, refuse_copied, student_of, swap
 from linfusion.layers import (
     MARKER,
@@ -42,7 +42,7 @@ def linearize(
     *,
     weights: str | Path | LinFusion | None = None,
     layers: str | Iterable[str] | None = None,
-    size: int | tuple[int, int] | None = None,
+    size: int | tuple[int, ...] | None = None,
     **options: Any,
 ) -> Any:
     """Make the self-attention of a model linear in the number of pixels, in place.
@@ -67,8 +67,9 @@ def linearize(
         layers: None takes every layer the weights are for, or every one there is; else a level
             ("down_blocks.0", "mid_block"), a regular expression over layer paths, several of
             those, or "auto": those that cost less than softmax at `size`.
-        size: for "auto", height and width of the picture in pixels, or one number for both. A
-            bare model counts 8 pixels to a latent.
+        size: for "auto", height and width of the picture in pixels, or one number for both, of a
+            video frames, height and width. A bare model counts 8 pixels to a latent, and 4 frames
+            after the first.
         **options: of the method; None is as if it were not given. "linfusion":
             `projection_mid_dim`, hidden channels of a fresh learned part (None: as many as the
             layer has, -1: none). "clear": those of `linfusion.attention.clear.Window`, as
@@ -344,8 +345,17 @@ def _marker(model: nn.Module) -> Any:
     return config.get(MARKER) if isinstance(config, Mapping) else None
 
 
-def _latent_size(model_or_pipe: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:
+def _latent_size(model_or_pipe: Any, size: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Of what the model is called with: height and width, before them the frames of a video."""
     sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    if volumes.kind_of(model_of(model_or_pipe)) is not None:
+        if len(sides) != 3 or not all(isinstance(n, int) and n > 0 for n in sides):
+            raise ValueError(
+                f'size: got {size!r}; layers="auto" needs frames, and height and width in pixels'
+            )
+        scale = getattr(model_or_pipe, "vae_scale_factor_spatial", 8)
+        step = getattr(model_or_pipe, "vae_scale_factor_temporal", 4)
+        return -(-(sides[0] - 1) // step) + 1, -(-sides[1] // scale), -(-sides[2] // scale)
     if len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
         raise ValueError(
             f'size: got {size!r}; layers="auto" needs height and width in pixels, or one number'
