@@ -17,7 +17,7 @@ from linfusion.layers import record_of, tokens_at
 from linfusion.linearize import as_softmax
 from linfusion.weights import save
 from tests.tiny import tiny_unet
-from tests.tiny_video import TEXT, forward, inputs, tiny_cogvideox, tiny_sana, tiny_wan
+from tests.tiny_video_hosts import TEXT, forward, inputs, tiny_cogvideox, tiny_sana, tiny_wan
 
 HOSTS = {"wan": tiny_wan, "sana": tiny_sana, "cogvideox": tiny_cogvideox}
 COVERING = {"window": (8, 8, 8)}
