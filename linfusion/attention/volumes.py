@@ -46,14 +46,22 @@ def grid_of(config: Mapping[str, Any], size: Grid) -> Grid:
     """Frames, height and width in tokens of a latent video of `size`.
 
     Args:
-        config: of one of `HOSTS`; "patch_size" is three numbers, or one for height and width beside
-            "patch_size_t".
+        config: of one of `HOSTS`.
         size: frames, height and width of the latents.
     """
-    patch = config["patch_size"]
+    frames, height, width = (n // p for n, p in zip(size, patch_of(config), strict=True))
+    return frames, height, width
+
+
+def patch_of(config: Mapping[str, Any]) -> Grid:
+    """Frames, height and width in latents of a token.
+
+    "patch_size" is three numbers, or one for height and width beside "patch_size_t".
+    """
+    patch: Any = config["patch_size"]
     if isinstance(patch, int):
-        patch = (config.get("patch_size_t") or 1, patch, patch)
-    frames, height, width = (n // p for n, p in zip(size, patch, strict=True))
+        return config.get("patch_size_t") or 1, patch, patch
+    frames, height, width = patch
     return frames, height, width
 
 
