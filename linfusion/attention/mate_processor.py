@@ -29,6 +29,7 @@ NAME = "mate"
 
 # Processors that compute attention over the video, or text and video, and nothing besides.
 _PLAIN = {"WanAttnProcessor", "SanaLinearAttnProcessor3_0", "CogVideoXAttnProcessor2_0"}
+_FREE = ("chunk_size",)  # what weights do not depend on
 _OF_LAYER = ("layer", "qk_norm", "qk_norm_eps")  # of a setting, beside the fields of a Mixture
 
 
@@ -247,7 +248,7 @@ class MATEProcessor:
         rotary = image_rotary_emb if joint else rotary_emb
         if rotary is not None:
             cos, sin = (t[:, None] if joint else t for t in rotary)
-            q, k = (torch.cat([t[:, :text], _rotated(t[:, text:], cos, sin)], 1) for t in (q, k))
+            q, k = (_rotated(t, cos, sin, text) for t in (q, k))
 
         own = [t[:, text:].unflatten(1, grid) for t in (q, k, v)]
         seen = attend_windows(
@@ -290,15 +291,16 @@ def _projected_out(attn: Any, x: Tensor) -> Tensor:
     return out
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, N, H, D] with neighbouring channels turned as complex numbers.
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, text: int) -> Tensor:
+    """x [B, text + N, H, D] with neighbouring channels of all but the text turned.
 
-    cos, sin: [..., N, 1, D], in which neighbours are equal.
+    They are turned as complex numbers. cos, sin: [..., N, 1, D], in which neighbours are equal.
     """
-    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    real, imaginary = x[:, text:].unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., ::2], sin[..., ::2]
-    turned = [real * cos - imaginary * sin, real * sin + imaginary * cos]
-    return torch.stack(turned, -1).flatten(-2).to(x.dtype)
+    parts = [real * cos - imaginary * sin, real * sin + imaginary * cos]
+    turned = torch.stack(parts, -1).flatten(-2).to(x.dtype)
+    return torch.cat([x[:, :text], turned], 1) if text else turned
 
 
 def _positive(*values: object) -> bool:
@@ -365,14 +367,15 @@ def settings(
             qk_norm, eps = qk_norm_of(attn)
             made[path] = {**mixture, "layer": layer, "qk_norm": qk_norm, "qk_norm_eps": eps}
         return made
+    free = {name: mixture[name] for name in options if name in _FREE}
     for path, setting in stored.items():
         for name in options:
-            if setting.get(name) != mixture[name]:
+            if name not in free and setting.get(name) != mixture[name]:
                 raise ValueError(
                     f"{name}: got {options[name]!r}, but {path} of the weights has"
                     f" {setting.get(name)!r}; leave it out"
                 )
-    return dict(stored)
+    return {path: {**setting, **free} for path, setting in stored.items()}
 
 
 def _plain(mixture: Mixture) -> dict[str, Any]:

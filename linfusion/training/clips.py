@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from linfusion.attention import volumes
-from linfusion.pipelines.arguments import text_length
+from linfusion.pipelines.arguments import pixel_multiple, text_length
 from linfusion.training.cache import TrainingSet
-from linfusion.training.config import TrainConfig
+from linfusion.training.config import TrainConfig, writable_folder
 from linfusion.training.data import caption_beside
 from linfusion.training.teachers import Batch, Teacher, training_target
 
@@ -159,6 +160,71 @@ def clip_folder(folder: str | Path) -> list[Clip]:
     if not clips:
         raise ValueError(f"train_data_dir: no clips (.safetensors with {KEY!r}) in {folder}")
     return clips
+
+
+def encode_clips(
+    pipe: DiffusionPipeline, clips: Iterable[tuple[Tensor, str]], folder: str | Path
+) -> list[Path]:
+    """Write videos and captions as the clips that `clip_folder` reads.
+
+    Latents are the mode of the posterior of the pipeline's VAE, normalised as the pipeline does.
+
+    Args:
+        pipe: of Wan, SANA-Video or CogVideoX.
+        clips: videos, uint8 [F, H, W, 3], and their captions.
+        folder: made if missing; files are numbered. Each appears whole or not at all.
+
+    Returns:
+        The files with latents.
+
+    Raises:
+        ValueError: a video of another shape, or that the VAE would cut.
+    """
+    given: Any = pipe
+    vae, step = given.vae, given.vae_scale_factor_temporal
+    multiple = pixel_multiple(pipe)
+    folder = writable_folder("folder", folder)
+    paths = []
+    for number, (video, caption) in enumerate(clips):
+        if video.dtype != torch.uint8 or video.ndim != 4 or video.shape[3] != 3:
+            raise ValueError(
+                f"clips: number {number} is {video.dtype} {tuple(video.shape)}; expected uint8"
+                " [F, H, W, 3]"
+            )
+        frames, height, width, _ = video.shape
+        if (frames - 1) % step or height % multiple or width % multiple:
+            raise ValueError(
+                f"clips: number {number} has {frames} frames of {height} by {width} pixels;"
+                f" expected a multiple of {step} and 1 more, and multiples of {multiple}"
+            )
+        pixels = video.permute(3, 0, 1, 2)[None].to(vae.device, vae.dtype) / 127.5 - 1
+        with torch.no_grad():
+            encoded = vae.encode(pixels)
+        found = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+        mean, std = latent_statistics(vae)
+        latents = ((found - mean.to(found)) / std.to(found))[0].cpu().contiguous()
+        path = folder / f"{number:06d}.safetensors"
+        for target, write in (
+            (path.with_suffix(".txt"), lambda file, text=caption: file.write_text(text)),
+            (path, lambda file, x=latents: save_file({KEY: x}, file)),
+        ):
+            partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+            write(partial)
+            os.replace(partial, target)
+        paths.append(path)
+    return paths
+
+
+def latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of a VAE's latents, [1, C or 1, 1, 1, 1], that denoisers see taken out."""
+    stored = {**vae.config, **dict(vae.named_buffers())}
+    mean, std = stored.get("latents_mean"), stored.get("latents_std")
+    if mean is None or std is None:
+        # SANA-Video takes latents without statistics as they are.
+        scale = vae.config.get("scaling_factor") if "CogVideoX" in type(vae).__name__ else None
+        mean, std = [0.0], [1 / (scale or 1.0)]
+    shape = (1, -1, 1, 1, 1)
+    return torch.as_tensor(mean).view(shape), torch.as_tensor(std).view(shape)
 
 
 class ClipSet(TrainingSet):

@@ -53,7 +53,7 @@ class TrainConfig:
         log_variance: of "lit": compare log σ² instead of the raw head.
         train_data_dir: image folder; captions in metadata.jsonl, metadata.csv or a .txt beside. Of
             "mate": folder of clips, safetensors with "latents" [C, T, h, w] as the denoiser takes
-            them, each with its caption in a .txt beside.
+            them, each with its caption in a .txt beside; `encode_clips` writes such.
         dataset_name, dataset_config_name: a `datasets` set (hub name or folder), its train split.
         image_column, caption_column: their names in metadata files and `datasets` sets.
         train_shards_path_or_url: WebDataset .tar shards on this machine; glob and {000..009}.

@@ -385,7 +385,8 @@ def test_weights_do_not_bend_to_options(tmp_path):
     save(made("wan"), tmp_path)
     with pytest.raises(ValueError, match=r"window: got \(4, 4, 4\), but blocks.0.attn1 of the wei"):
         linfusion.linearize(tiny_wan(), weights=tmp_path, window=(4, 4, 4))
-    linfusion.linearize(tiny_wan(), weights=tmp_path, window=(2, 2, 2))
+    model = linfusion.linearize(tiny_wan(), weights=tmp_path, window=(2, 2, 2), chunk_size=16)
+    assert model.blocks[0].attn1.mate.ma.chunk_size == 16
 
 
 def test_a_student_of_another_host_is_refused(tmp_path):

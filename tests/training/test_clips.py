@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 import linfusion
 from linfusion.training import Distillation, TrainConfig, distill
-from linfusion.training.clips import ClipSet, VideoTeacher, clip_folder
+from linfusion.training.clips import ClipSet, VideoTeacher, check_clips, clip_folder, encode_clips
 from tests.tiny_joint import tiny_flux_pipeline
 from tests.tiny_video_hosts import forward, inputs, tiny_wan
 from tests.tiny_video_pipelines import (
@@ -217,6 +217,47 @@ def test_batches_hold_clips_of_one_shape_with_their_captions(tmp_path):
             torch.testing.assert_close(states, expected)
             seen.append(i)
     assert sorted(seen) == [0, 1, 2, 3]
+
+
+@each_host
+def test_encoded_clips_are_what_the_pipeline_would_decode(tmp_path, host):
+    pipe = PIPELINES[host]()
+    g = torch.Generator().manual_seed(0)
+    videos = [torch.randint(256, (f, 16, 32, 3), generator=g, dtype=torch.uint8) for f in (5, 1)]
+    paths = encode_clips(pipe, zip(videos, ("one", "two"), strict=True), tmp_path)
+    found = clip_folder(tmp_path)
+    assert [clip.path for clip in found] == paths
+    assert [clip.caption for clip in found] == ["one", "two"]
+    check_clips(VideoTeacher(pipe), found)
+    config = pipe.vae.config
+    mean, std = (
+        torch.zeros(4),
+        torch.full((4,), 1 / config.scaling_factor if host == "cogvideox" else 1.0),
+    )
+    if host != "cogvideox":
+        mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+    for video, path in zip(videos, paths, strict=True):
+        latents = load_file(path)["latents"][None]
+        raw = latents * std.view(1, -1, 1, 1, 1) + mean.view(1, -1, 1, 1, 1)
+        with torch.no_grad():
+            pixels = video.permute(3, 0, 1, 2)[None] / 127.5 - 1
+            expected = pipe.vae.encode(pixels).latent_dist.mode()
+        torch.testing.assert_close(raw, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((5, 16, 16), r"clips: number 0 is torch.uint8 \(5, 16, 16\); expected uint8"),
+        ((4, 16, 16, 3), "clips: number 0 has 4 frames of 16 by 16 pixels; expected a multiple of"),
+        ((5, 16, 18, 3), "clips: number 0 has 5 frames of 16 by 18 pixels; .* multiples of 4"),
+    ],
+)
+def test_videos_that_would_be_cut_are_refused(tmp_path, shape, message):
+    clip = torch.zeros(shape, dtype=torch.uint8), "one"
+    with pytest.raises(ValueError, match=message):
+        encode_clips(tiny_wan_pipeline(), [clip], tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
