@@ -23,13 +23,13 @@ from linfusion.attention.mamba2 import (
     spare_decay,
     tail_of,
 )
+from linfusion.attention.qk_norms import QK_NORMS, make_qk_norm, qk_norm_of
 from linfusion.kernels import ssd_scan
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
 DIRECTIONS = ("flip_sum", "hydra")
-QK_NORMS = ("rms_norm", "rms_norm_across_heads", "layer_norm", "layer_norm_across_heads")
 OPTIONS = ("d_conv", "chunk_size", "share_bc", "share_dt", "average")  # of `like_attention`
 _OPEN_GATE = 1.2784645427610738  # silu of it is 1
 
@@ -151,8 +151,8 @@ class BiMamba2(nn.Module):
         spare_decay(self.dt_bias, self.A_log, self.D)
         self.norm = GatedRMSNorm(d_inner, ngroups, norm_eps, hydra) if rmsnorm else None
         self.qk_norm = qk_norm
-        self.norm_q = _qk_norm(qk_norm, qk_norm_eps, d_state, self.features)
-        self.norm_k = _qk_norm(qk_norm, qk_norm_eps, d_state, self.features)
+        self.norm_q = make_qk_norm(qk_norm, qk_norm_eps, d_state, self.features)
+        self.norm_k = make_qk_norm(qk_norm, qk_norm_eps, d_state, self.features)
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
     @classmethod
@@ -424,39 +424,3 @@ def _flipped(x: Tensor, first: int) -> Tensor:
     if not first:
         return x.flip(1)
     return torch.cat([x[:, :first].flip(1), x[:, first:].flip(1)], 1)
-
-
-def qk_norm_of(attn: Any) -> tuple[str | None, float | None]:
-    """Which of `QK_NORMS` an attention has on its queries and keys, or None, and its eps.
-
-    Raises:
-        ValueError: another one, or one on queries or keys alone.
-    """
-    norms = [attn.norm_q, attn.norm_k]
-    if norms == [None, None]:
-        return None, 1e-6
-    found = set()
-    for norm in norms:
-        kind = type(norm).__name__
-        name = {"RMSNorm": "rms_norm", "LayerNorm": "layer_norm"}.get(kind)
-        size = getattr(norm, "normalized_shape", None) or getattr(norm, "dim", None)
-        channels = 0 if name is None else math.prod(size or ())
-        across = {attn.inner_dim // attn.heads: "", attn.inner_dim: "_across_heads"}
-        if name is None or channels not in across:
-            raise ValueError(
-                f"attn: norms queries and keys with {norms[0]} and {norms[1]}; the scan has a place"
-                f" for {', '.join(QK_NORMS)}"
-            )
-        found.add((name + across[channels], norm.eps))
-    if len(found) > 1:
-        raise ValueError(f"attn: norm_q and norm_k differ: {sorted(found)}")
-    return found.pop()
-
-
-def _qk_norm(kind: str | None, eps: float | None, channels: int, across: int) -> nn.Module | None:
-    if kind is None:
-        return None
-    size = across if kind.endswith("across_heads") else channels
-    if kind.startswith("rms"):
-        return nn.RMSNorm(size, eps=eps)
-    return nn.LayerNorm(size, eps=1e-5 if eps is None else eps)

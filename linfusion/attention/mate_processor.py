@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from linfusion.attention import volumes
 from linfusion.attention.base import Method, channels_of
-from linfusion.attention.bimamba2 import BiMamba2, qk_norm_of
+from linfusion.attention.bimamba2 import BiMamba2
 from linfusion.attention.mate import MIXES, PLACEMENTS, pool
+from linfusion.attention.qk_norms import qk_norm_of
 from linfusion.attention.rotary_major_scan import ORDERS, RotaryMajorScan, flatten, unflatten
 from linfusion.attention.tesa import attend_windows, outside_of
 from linfusion.attention.volumes import Grid
