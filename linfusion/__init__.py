@@ -10,11 +10,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from linfusion.attention.bimamba2 import BiMamba2
     from linfusion.attention.clear import CLEARProcessor
     from linfusion.attention.linfusion import LinFusionProcessor
     from linfusion.attention.lit import LiTProcessor
-    from linfusion.attention.mamba2 import BiMamba2, Mamba2
+    from linfusion.attention.mamba2 import Mamba2
     from linfusion.attention.mate import MATE
+    from linfusion.attention.mate_processor import MATEProcessor
     from linfusion.attention.tesa import TESA
     from linfusion.fuse import fuse, unfuse
     from linfusion.inherit import inherit
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "BiMamba2": "linfusion.attention.mamba2",
+    "BiMamba2": "linfusion.attention.bimamba2",
     "CLEARProcessor": "linfusion.attention.clear",
     "HighResPipeline": "linfusion.pipelines.highres",
     "LinFusion": "linfusion.weights",
@@ -36,6 +38,7 @@ _HOME = {
     "LinGenTransformer3DModel": "linfusion.models",
     "LiTProcessor": "linfusion.attention.lit",
     "MATE": "linfusion.attention.mate",
+    "MATEProcessor": "linfusion.attention.mate_processor",
     "Mamba2": "linfusion.attention.mamba2",
     "StreamState": "linfusion.models",
     "TESA": "linfusion.attention.tesa",
@@ -59,6 +62,7 @@ __all__ = [
     "LinFusion",
     "LinFusionProcessor",
     "LinGenTransformer3DModel",
+    "MATEProcessor",
     "Mamba2",
     "StreamState",
     "__version__",

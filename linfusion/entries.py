@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from linfusion.attention.base import Method
+from linfusion.attention.base import Method, channels_of
 from linfusion.layers import projections
 
 
@@ -62,7 +62,7 @@ class Entry:
         linears = projections(attn)
         return cls(
             path=path,
-            dim=attn.query_dim,
+            dim=channels_of(attn),
             heads=attn.heads,
             setting=setting,
             inner_dim=attn.inner_dim,

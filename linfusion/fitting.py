@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from linfusion.attention import get_method, names
+from linfusion.attention.base import channels_of
 from linfusion.attention.linfusion import NAME
 from linfusion.entries import Difference
 from linfusion.layers import TakenLayer, compute_dtype, projections, shorten
@@ -105,7 +106,7 @@ def fit(
     for path, entry in entries.items():
         attn = found[path]
         for what, theirs, ours in (
-            ("channels", entry.dim, attn.query_dim),
+            ("channels", entry.dim, channels_of(attn)),
             ("heads", entry.heads, attn.heads),
         ):
             if theirs != ours:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from linfusion.attention import get_method
+from linfusion.attention import get_method, volumes
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -113,13 +114,18 @@ def select(
     return [p for p in paths if p in chosen]
 
 
-def tokens_at(model: nn.Module, path: str, size: tuple[int, int]) -> int:
-    """Tokens that a layer sees when the model denoises a latent of `size` (height, width).
+def tokens_at(model: nn.Module, path: str, size: tuple[int, ...]) -> int:
+    """Tokens that a layer sees when the model denoises a latent of `size`.
+
+    That is (height, width), and for a video transformer (frames, height, width).
 
     Raises:
         ValueError: the model is not of a kind whose levels are known.
     """
     config: Any = getattr(model, "config", {})
+    if volumes.kind_of(model) is not None:
+        frames, height, width = size
+        return math.prod(volumes.grid_of(config, (frames, height, width)))
     height, width = size
     blocks = config.get("block_out_channels")
     # FLUX: its pipelines pack 2×2 latents into a token, which its patch_size does not say.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from linfusion.attention import get_method
+from linfusion.attention import get_method, volumes
 from linfusion.fitting import fit, method_of, put_in, refuse_copied, student_of, swap
 from linfusion.layers import (
     MARKER,
@@ -42,7 +42,7 @@ def linearize(
     *,
     weights: str | Path | LinFusion | None = None,
     layers: str | Iterable[str] | None = None,
-    size: int | tuple[int, int] | None = None,
+    size: int | tuple[int, ...] | None = None,
     **options: Any,
 ) -> Any:
     """Make the self-attention of a model linear in the number of pixels, in place.
@@ -56,24 +56,27 @@ def linearize(
         model_or_pipe: a pipeline (its `unet` or `transformer` is taken; pass `pipe.controlnet` to
             take that), or a model: for "linfusion" one whose self-attention is diffusers'
             `Attention`, for "clear" a FLUX or Stable Diffusion 3 transformer, for "lit" a DiT or
-            PixArt transformer.
-        method: name of the mechanism: "linfusion", "clear" or "lit"; None is that of the weights,
-            and "linfusion" without weights.
+            PixArt transformer, for "mate" that of Wan, SANA-Video or CogVideoX.
+        method: name of the mechanism: "linfusion", "clear", "lit" or "mate"; None is that of the
+            weights, and "linfusion" without weights.
         weights: a distilled student: a folder or hub name in our form or the authors', a
             `.safetensors` file of CLEAR's authors (a path, or "user/repository/file.safetensors" on
             the hub), or a `LinFusion`. Where it holds attention projections they replace the
-            model's own until `restore`. None attaches a fresh learned part, which is for training.
+            model's own until `restore`. None attaches a fresh learned part, which is for training;
+            that of "mate" starts from the model's own projections.
         layers: None takes every layer the weights are for, or every one there is; else a level
             ("down_blocks.0", "mid_block"), a regular expression over layer paths, several of
             those, or "auto": those that cost less than softmax at `size`.
-        size: for "auto", height and width of the picture in pixels, or one number for both. A
-            bare model counts 8 pixels to a latent.
+        size: for "auto", height and width of the picture in pixels, or one number for both, of a
+            video frames, height and width. A bare model counts 8 pixels to a latent, and 4 frames
+            after the first.
         **options: of the method; None is as if it were not given. "linfusion":
             `projection_mid_dim`, hidden channels of a fresh learned part (None: as many as the
             layer has, -1: none). "clear": those of `linfusion.attention.clear.Window`, as
             `radius=8, down_factor=1, proportional=False`; what is not given is as the weights say.
             "lit": those of `linfusion.attention.lit.Form`, as `heads=2, conv="value_shared"`, and
-            `softmax_every=n`, which leaves every n-th layer as it is.
+            `softmax_every=n`, which leaves every n-th layer as it is. "mate": those of
+            `linfusion.attention.mate_processor.Mixture`, as `window=(8, 4, 4)`.
 
     Returns:
         `model_or_pipe`.
@@ -118,7 +121,7 @@ def linearize(
         for name, value in options.items()
         if value is not None or name in mechanism.nullable
     }
-    settings = mechanism.settings(list(found), stored, options)
+    settings = mechanism.settings(found, stored, options)
     learned: dict[str, dict[str, Any]] = (
         {path: {} for path in found}
         if side is None
@@ -160,6 +163,8 @@ def linearize(
         for path in paths:
             attn = found[path]
             taken = record.layers[path] = TakenLayer(attn.processor)
+            if side is None and mechanism.inherit is not None:
+                mechanism.inherit(attn, children[path])
             put_in(attn, learned[path], taken)
             device = projections(attn)["to_q"].weight.device
             attn.add_module(mechanism.name, children[path].to(device))
@@ -340,8 +345,17 @@ def _marker(model: nn.Module) -> Any:
     return config.get(MARKER) if isinstance(config, Mapping) else None
 
 
-def _latent_size(model_or_pipe: Any, size: int | tuple[int, int] | None) -> tuple[int, int]:
+def _latent_size(model_or_pipe: Any, size: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Of what the model is called with: height and width, before them the frames of a video."""
     sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    if volumes.kind_of(model_of(model_or_pipe)) is not None:
+        if len(sides) != 3 or not all(isinstance(n, int) and n > 0 for n in sides):
+            raise ValueError(
+                f'size: got {size!r}; layers="auto" needs frames, and height and width in pixels'
+            )
+        scale = getattr(model_or_pipe, "vae_scale_factor_spatial", 8)
+        step = getattr(model_or_pipe, "vae_scale_factor_temporal", 4)
+        return -(-(sides[0] - 1) // step) + 1, -(-sides[1] // scale), -(-sides[2] // scale)
     if len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
         raise ValueError(
             f'size: got {size!r}; layers="auto" needs height and width in pixels, or one number'

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from linfusion.attention import get_method, names
-from linfusion.attention.base import Method
+from linfusion.attention.base import Method, channels_of
 from linfusion.layers import candidates, model_of, record_of
 
 
@@ -82,7 +82,7 @@ def summary(model_or_pipe: Any) -> Summary:
     mechanism = get_method(record.method) if record else _first_that_fits(model)
     taken = record.layers if record else {}
     found = candidates(model, mechanism.name)
-    settings = mechanism.settings(list(found), None, {}) | (record.settings if record else {})
+    settings = mechanism.settings(found, None, {}) | (record.settings if record else {})
     layers, fused = [], False
     for path, attn in found.items():
         child = getattr(attn, mechanism.name, None) if path in taken else None
@@ -91,7 +91,7 @@ def summary(model_or_pipe: Any) -> Summary:
             LayerSummary(
                 path=path,
                 linear=isinstance(attn.processor, mechanism.processor),
-                channels=attn.query_dim,
+                channels=channels_of(attn),
                 heads=attn.heads,
                 parameters=sum(p.numel() for p in child.parameters()) if child else 0,
                 state_bytes=mechanism.state_bytes(attn),

@@ -164,7 +164,7 @@ WRONG = {
     ),
     "method": (
         [PROMPT, "--method", "magic"],
-        "method: 'magic' is not one of ['clear', 'linfusion', 'lit']",
+        "method: 'magic' is not one of ['clear', 'linfusion', 'lit', 'mate']",
     ),
     "weights": ([PROMPT, "-w", "/nowhere"], "weights: cannot read /nowhere"),
     "softmax": ([PROMPT, "--softmax", "-w", "x"], "--softmax: takes no --weights and no --layers"),

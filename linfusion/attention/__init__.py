@@ -8,6 +8,7 @@ _HOME = {
     "linfusion": "linfusion.attention.linfusion",
     "clear": "linfusion.attention.clear",
     "lit": "linfusion.attention.lit",
+    "mate": "linfusion.attention.mate_processor",
 }
 
 

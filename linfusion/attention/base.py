@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,12 +42,15 @@ class Method:
         layers: `(model) -> {path: attention layer}` that the method may take; ValueError if there
             are none.
         setting_key: name of a layer's setting in a checkpoint's `modules_list`.
-        settings: `(paths, stored, options) -> {path: setting}`, from the options of `linearize`
-            and the settings `stored` with the weights, by path, or None without weights; a path
-            left out stays softmax. ValueError for an option it does not have or the weights do not
-            allow.
+        settings: `(layers, stored, options) -> {path: setting}`, from all layers by path, the
+            options of `linearize` and the settings `stored` with the weights, by path, or None
+            without weights; a path left out stays softmax. ValueError for an option it does not
+            have or the weights do not allow.
         child: `(attn, setting) -> module`, the freshly initialised learned part that hangs on the
-            layer as `attn.<name>`; a fresh one changes nothing. Of `attn` only `query_dim` is read.
+            layer as `attn.<name>`; a fresh one changes nothing. Of `attn` only `query_dim` and
+            `heads` are read, which an entry of a checkpoint has as well.
+        inherit: `(attn, child)`, gives a fresh child what it takes over of the layer's weights, or
+            None if that is nothing; called where those are at hand, whatever offloads them.
         is_fresh: whether a child still has the weights it was made with.
         break_even_tokens: `(attn, setting) -> tokens` from which on the layer costs less than
             softmax.
@@ -72,12 +75,15 @@ class Method:
     processor: type
     layers: Callable[[nn.Module], dict[str, Any]]
     setting_key: str
-    settings: Callable[[Sequence[str], Mapping[str, Any] | None, dict[str, Any]], dict[str, Any]]
+    settings: Callable[
+        [Mapping[str, Any], Mapping[str, Any] | None, dict[str, Any]], dict[str, Any]
+    ]
     child: Callable[[Any, Any], nn.Module]
     is_fresh: Callable[[nn.Module], bool]
     break_even_tokens: Callable[[Any, Any], int]
     state_bytes: Callable[[Any], int]
     student: str
+    inherit: Callable[[Any, nn.Module], None] | None = None
     projections: bool = False
     fused_name: str | None = None
     fused: Callable[[Attention, nn.Module | None, torch.dtype], nn.Module] | None = None
@@ -102,6 +108,12 @@ class StudentFile:
     tensors: dict[str, dict[str, Tensor]]
     settings: dict[str, Any]
     unknown: list[str]
+
+
+def channels_of(attn: Any) -> int:
+    """Channels of the tokens that come into a layer, or into an entry of a checkpoint."""
+    width: int = attn.query_dim if hasattr(attn, "query_dim") else attn.to_q.in_features
+    return width
 
 
 def unsupported(attn: Attention) -> str | None:

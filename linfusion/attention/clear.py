@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -333,7 +333,7 @@ def joint_attention(model: nn.Module) -> dict[str, Any]:
 
 
 def settings(
-    paths: Sequence[str], stored: Mapping[str, Any] | None, options: dict[str, Any]
+    paths: Iterable[str], stored: Mapping[str, Any] | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Fields of the `Window` of every layer: the options, else what the weights say.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -358,7 +358,7 @@ def numbered_layer(dim: int, inner_dim: int, mid: int | None, bias: bool) -> nn.
 
 
 def _settings(
-    paths: Sequence[str], stored: Mapping[str, Any] | None, options: dict[str, Any]
+    paths: Iterable[str], stored: Mapping[str, Any] | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Hidden channels of the two MLPs of every layer."""
     unknown = sorted(set(options) - {"projection_mid_dim"})

@@ -7,7 +7,7 @@ arXiv:2410.10629) is the same without the filter, with another constant in the d
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -291,7 +291,7 @@ def image_attention(model: nn.Module) -> dict[str, Any]:
 
 
 def settings(
-    paths: Sequence[str], stored: Mapping[str, Any] | None, options: dict[str, Any]
+    paths: Collection[str], stored: Mapping[str, Any] | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Fields of the `Form` of every layer that becomes linear.
 

@@ -1,4 +1,4 @@
-"""Mamba-2 (Dao & Gu 2024, arXiv:2405.21060) and its two bidirectional forms.
+"""Mamba-2 (Dao & Gu 2024, arXiv:2405.21060), the causal layer.
 
 Tokens go through one projection, a short depthwise convolution and the scan of
 `linfusion.kernels.ssd_scan`; x, B and C of the scan are what values, keys and queries are to
@@ -9,19 +9,13 @@ Mamba-2, load unchanged.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linfusion.kernels import ssd_scan, ssd_step
-
-if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
-
-DIRECTIONS = ("flip_sum", "hydra")
-_OPEN_GATE = 1.2784645427610738  # silu of it is 1
 
 
 class Mamba2State(NamedTuple):
@@ -142,13 +136,13 @@ class Mamba2(nn.Module):
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        _check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
-        d_inner = _inner(d_model, expand)
+        check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
+        d_inner = inner_channels(d_model, expand)
         d_ssm = d_inner if d_ssm is None else d_ssm
-        _check_sizes(d_ssm=d_ssm)
+        check_sizes(d_ssm=d_ssm)
         if d_ssm > d_inner:
             raise ValueError(f"d_ssm: got {d_ssm}, expected at most {d_inner} inner channels")
-        self.heads = _heads(d_ssm, headdim, ngroups)
+        self.heads = head_count(d_ssm, headdim, ngroups)
         low, high = A_init_range
         if not 0 < low <= high:
             raise ValueError(f"A_init_range: got {A_init_range!r}, expected 0 < low <= high")
@@ -165,10 +159,10 @@ class Mamba2(nn.Module):
         self.conv1d = DepthwiseConv(self.conv_dim, d_conv, conv_bias)
         if conv_init is not None:
             nn.init.uniform_(self.conv1d.weight, -conv_init, conv_init)
-        self.dt_bias = _first_steps(self.heads, dt_min, dt_max, dt_init_floor)
+        self.dt_bias = first_steps(self.heads, dt_min, dt_max, dt_init_floor)
         self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(low, high).log())
         self.D = nn.Parameter(torch.ones(d_ssm if D_has_hdim else self.heads))
-        _spare_decay(self.dt_bias, self.A_log, self.D)
+        spare_decay(self.dt_bias, self.A_log, self.D)
         self.norm = GatedRMSNorm(d_ssm, ngroups, norm_eps, norm_before_gate) if rmsnorm else None
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
 
@@ -188,13 +182,13 @@ class Mamba2(nn.Module):
         Raises:
             ValueError: u or the state has another shape.
         """
-        _check_tokens(u, self.in_proj.in_features)
+        check_tokens(u, self.in_proj.in_features)
         features = self.ngroups * self.d_state
         z0, x0, z, xbc, dt = self.in_proj(u).split(
             [self.d_mlp, self.d_mlp, self.d_ssm, self.conv_dim, self.heads], -1
         )
-        padded = _after(xbc, None if state is None else state.conv, self.conv1d.taps)
-        xbc, tail = self.conv1d(padded), _tail(padded, self.conv1d.taps)
+        padded = continued(xbc, None if state is None else state.conv, self.conv1d.taps)
+        xbc, tail = self.conv1d(padded), tail_of(padded, self.conv1d.taps)
         x, B, C = F.silu(xbc).split([self.d_ssm, features, features], -1)
         x = x.unflatten(-1, (self.heads, self.headdim))
         B, C = (t.unflatten(-1, (self.ngroups, self.d_state)) for t in (B, C))
@@ -204,7 +198,7 @@ class Mamba2(nn.Module):
             "dt_softplus": True,
             "dt_limit": self.dt_limit,
         }
-        A = _decay(self.A_log)
+        A = decay(self.A_log)
         if state is not None and u.shape[1] == 1:
             y, h = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], state.ssm, **settings)
             y = y[:, None]
@@ -228,290 +222,7 @@ class Mamba2(nn.Module):
         return (out, Mamba2State(tail, h)) if return_state else out
 
 
-class BiMamba2(nn.Module):
-    """Mamba-2 over tokens that have no first one: two scans, in opposite directions, in one call.
-
-    "flip_sum" (Zhu et al. 2024, Vision Mamba, arXiv:2401.09417) adds a second scan of the reversed
-    tokens; both contain the token itself. The forward direction has the parameters of `Mamba2`, the
-    backward one its own convolution, A, D, Δ (`conv1d_b`, `A_log_b`, `D_b`, `dt_bias_b`, and the
-    last rows of in_proj), and z, x, B, C are shared. A checkpoint of `Mamba2` loads: what the
-    backward direction lacks is copied from the forward one.
-
-    "hydra" (Hwang et al. 2024, Hydra, arXiv:2407.09941, section 3) is a quasiseparable matrix, with
-    the keys of the authors' module: B, C, Δ of each direction, a centred convolution, shared A,
-    each scan shifted by one token, and a diagonal x · (fc_D(x) + D).
-
-    Args:
-        d_model: channels C of the tokens.
-        d_state: features N of the state.
-        d_conv: taps of the convolution; odd for "hydra", whose authors take 7.
-        expand: inner channels are expand · d_model.
-        headdim: channels P of a head; it divides the inner channels.
-        ngroups: G, of heads that share B and C; it divides the heads.
-        bidirectional: "flip_sum" or "hydra".
-        conv_act: "silu" after the convolution, or None (layers made from attention).
-        rmsnorm: whether y is normalised, or only gated.
-        bias: whether the projections have one.
-        chunk_size: of the scan, at most 64; changes time and rounding only. On a CPU about headdim
-            is fastest.
-        norm_eps: of the norm.
-
-    Raises:
-        ValueError: a value that is out of range; the message names it and what is accepted.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int = 64,
-        d_conv: int = 4,
-        expand: float = 2,
-        headdim: int = 64,
-        ngroups: int = 1,
-        bidirectional: str = "flip_sum",
-        conv_act: str | None = "silu",
-        rmsnorm: bool = True,
-        bias: bool = False,
-        chunk_size: int = 64,
-        norm_eps: float = 1e-5,
-    ) -> None:
-        super().__init__()
-        _check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
-        if bidirectional not in DIRECTIONS:
-            raise ValueError(f"bidirectional: got {bidirectional!r}, expected one of {DIRECTIONS}")
-        if conv_act not in ("silu", None):
-            raise ValueError(f"conv_act: got {conv_act!r}, expected 'silu' or None")
-        hydra = bidirectional == "hydra"
-        if hydra and d_conv % 2 == 0:
-            raise ValueError(f"d_conv: got {d_conv}, expected an odd number for 'hydra'")
-        d_inner = _inner(d_model, expand)
-        self.heads = _heads(d_inner, headdim, ngroups)
-        self.d_inner, self.headdim = d_inner, headdim
-        self.ngroups, self.d_state, self.features = ngroups, d_state, ngroups * d_state
-        self.bidirectional, self.conv_act, self.chunk_size = bidirectional, conv_act, chunk_size
-
-        conv_dim = d_inner + (4 if hydra else 2) * self.features
-        self.in_proj = nn.Linear(d_model, d_inner + conv_dim + 2 * self.heads, bias=bias)
-        self.conv1d = DepthwiseConv(conv_dim, d_conv)
-        self.dt_bias = _first_steps(self.heads, 0.001, 0.1, 1e-4)
-        if hydra:
-            self.A_log = nn.Parameter(torch.zeros(self.heads))
-            self.D = nn.Parameter(torch.ones(self.heads))
-            self.fc_D = nn.Linear(d_inner, self.heads, bias=False)
-        else:
-            self.A_log = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
-            self.D = nn.Parameter(torch.ones(self.heads))
-            self.conv1d_b = DepthwiseConv(conv_dim, d_conv)
-            self.conv1d_b.load_state_dict(self.conv1d.state_dict())
-            self.dt_bias_b = nn.Parameter(self.dt_bias.detach().clone())
-            self.A_log_b = nn.Parameter(self.A_log.detach().clone())
-            self.D_b = nn.Parameter(self.D.detach().clone())
-            _spare_decay(self.dt_bias_b, self.A_log_b, self.D_b)
-            self.register_load_state_dict_pre_hook(_complete)
-        _spare_decay(self.dt_bias, self.A_log, self.D)
-        self.norm = GatedRMSNorm(d_inner, ngroups, norm_eps, hydra) if rmsnorm else None
-        self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
-
-    @classmethod
-    def from_attention(cls, attn: Attention, **options: Any) -> BiMamba2:
-        """A layer that starts from the weights of softmax attention (LinGen-Uni's idea).
-
-        C <- to_q / √P, B <- to_k, x <- to_v, out_proj <- to_out.0; the gate is 1, there is no norm,
-        the convolution passes its input on, and Δ A is so small that the scan hardly forgets:
-        y_i = Σ_j Δ exp(-Δ |i - j|) (q_i·k_j / √P) v_j, the token itself counted twice.
-
-        Args:
-            attn: self-attention of diffusers, all of whose projections have C rows.
-            options: `d_conv` and `chunk_size` of the layer.
-
-        Raises:
-            ValueError: the attention has norms on queries and keys, or another number of channels
-                inside or of key and value heads than outside.
-        """
-        if attn.norm_q is not None or attn.norm_k is not None:
-            raise ValueError("attn: has norm_q or norm_k, which the scan has no place for")
-        projections = [attn.to_q, attn.to_k, attn.to_v, attn.to_out[0]]
-        width = attn.to_q.in_features
-        if any(p.weight.shape != (width, width) for p in projections):
-            shapes = [tuple(p.weight.shape) for p in projections]
-            raise ValueError(f"attn: expected projections of {width} by {width}, got {shapes}")
-        unknown = sorted(set(options) - {"d_conv", "chunk_size"})
-        if unknown:
-            raise ValueError(f"{unknown[0]}: expected only d_conv and chunk_size as options")
-        heads = attn.heads
-        head = width // heads
-        layer = cls(
-            width,
-            d_state=head,
-            expand=1,
-            headdim=head,
-            ngroups=heads,
-            conv_act=None,
-            rmsnorm=False,
-            bias=True,
-            **options,
-        ).to(attn.to_q.weight)
-        with torch.no_grad():
-            rows = layer.in_proj.weight.split([width] * 4 + [2 * heads])
-            biases = layer.in_proj.bias.split([width] * 4 + [2 * heads])
-            for t in (rows[0], rows[4], biases[4], layer.D, layer.D_b, layer.A_log, layer.A_log_b):
-                t.zero_()
-            biases[0].fill_(_OPEN_GATE)
-            sources = [(attn.to_v, 1.0), (attn.to_k, 1.0), (attn.to_q, head**-0.5)]
-            for row, bias, (source, scale) in zip(rows[1:4], biases[1:4], sources, strict=True):
-                row.copy_(source.weight * scale)
-                bias.zero_() if source.bias is None else bias.copy_(source.bias * scale)
-            out = attn.to_out[0]
-            layer.out_proj.weight.copy_(out.weight)
-            layer.out_proj.bias.zero_() if out.bias is None else layer.out_proj.bias.copy_(out.bias)
-            for conv in (layer.conv1d, layer.conv1d_b):
-                conv.weight.zero_()[..., -1] = 1
-                assert conv.bias is not None
-                conv.bias.zero_()
-            for steps in (layer.dt_bias, layer.dt_bias_b):
-                steps.fill_(math.log(math.expm1(1e-3)))
-        return layer
-
-    def forward(
-        self,
-        u: Tensor,
-        state: Mamba2State | None = None,
-        return_state: bool = False,
-        *,
-        lead: int = 0,
-        lead_first: bool = True,
-    ) -> Tensor | tuple[Tensor, Mamba2State]:
-        """Tokens in, tokens out; every token sees all of them.
-
-        Args:
-            u: [B, L, C].
-            state: that the forward direction takes over from the tokens before; the backward one
-                starts afresh. "flip_sum" alone has one. It is not written to.
-            return_state: also return the state after the last token.
-            lead: so many tokens come before the others and are read, but not returned.
-            lead_first: whether both directions read those first, each in its own order, or the
-                backward direction last.
-
-        Returns:
-            [B, L - lead, C], or that and the state of the forward direction.
-
-        Raises:
-            ValueError: u or the state has another shape, `lead` leaves no token, or there is a
-                state for "hydra".
-        """
-        _check_tokens(u, self.in_proj.in_features)
-        if not 0 <= lead < u.shape[1]:
-            raise ValueError(f"lead: got {lead}, expected 0 to {u.shape[1] - 1}")
-        first = lead if lead_first else 0
-        z, xbc, dt, dt_b = self.in_proj(u).split(
-            [self.d_inner, self.conv1d.in_channels, self.heads, self.heads], -1
-        )
-        if self.bidirectional == "flip_sum":
-            y, carried = self._flip_sum(xbc, dt, dt_b, state, first, lead)
-        elif state is not None or return_state:
-            raise ValueError("state: 'hydra' has none, its convolution sees what is to come")
-        else:
-            y = self._hydra(xbc, dt, dt_b, first, lead)
-        y, z = y.flatten(2), z[:, lead:]
-        out = self.out_proj(y * F.silu(z) if self.norm is None else self.norm(y, z))
-        return (out, carried) if return_state else out
-
-    def _flip_sum(
-        self,
-        xbc: Tensor,
-        dt: Tensor,
-        dt_b: Tensor,
-        state: Mamba2State | None,
-        first: int,
-        lead: int,
-    ) -> tuple[Tensor, Mamba2State]:
-        """y [B, L - lead, H, P]; the two directions are heads of one scan."""
-        padded = _after(xbc, None if state is None else state.conv, self.conv1d.taps)
-        padded_b = _after(_flipped(xbc, first), None, self.conv1d_b.taps)
-        sizes = [self.d_inner, self.features, self.features]
-        x, B, C = (
-            self._activated(torch.cat(pair, -1))
-            for pair in zip(
-                self.conv1d(padded).split(sizes, -1),
-                self.conv1d_b(padded_b).split(sizes, -1),
-                strict=True,
-            )
-        )
-        initial = None
-        if state is not None:
-            initial = torch.cat([state.ssm, torch.zeros_like(state.ssm)], 1)
-        y, h = ssd_scan(
-            x.unflatten(-1, (2 * self.heads, self.headdim)),
-            torch.cat([dt, _flipped(dt_b, first)], -1),
-            _decay(torch.cat([self.A_log, self.A_log_b])),
-            B.unflatten(-1, (2 * self.ngroups, self.d_state)),
-            C.unflatten(-1, (2 * self.ngroups, self.d_state)),
-            chunk_size=self.chunk_size,
-            D=torch.cat([self.D, self.D_b]),
-            dt_bias=torch.cat([self.dt_bias, self.dt_bias_b]),
-            dt_softplus=True,
-            initial_states=initial,
-            return_final_states=True,
-        )
-        forward, backward = y.split(self.heads, 2)
-        y = forward[:, lead:] + _flipped(backward, first)[:, lead:]
-        return y, Mamba2State(_tail(padded, self.conv1d.taps), h[:, : self.heads])
-
-    def _hydra(self, xbc: Tensor, dt: Tensor, dt_b: Tensor, first: int, lead: int) -> Tensor:
-        """y [B, L - lead, H, P]."""
-        around = self.conv1d.taps // 2
-        xbc = self._activated(self.conv1d(F.pad(xbc, (0, 0, around, around))))
-        x, bc, bc_b = xbc.split([self.d_inner, 2 * self.features, 2 * self.features], -1)
-        heads = x.unflatten(-1, (self.heads, self.headdim))
-        B, C = (
-            torch.cat([a, b], -1).unflatten(-1, (2 * self.ngroups, self.d_state))
-            for a, b in zip(bc.chunk(2, -1), _flipped(bc_b, first).chunk(2, -1), strict=True)
-        )
-        y = ssd_scan(
-            torch.cat([heads, _flipped(heads, first)], 2),
-            torch.cat([dt, _flipped(dt_b, first)], -1),
-            _decay(self.A_log).repeat(2),
-            B,
-            C,
-            chunk_size=self.chunk_size,
-            dt_bias=self.dt_bias.repeat(2),
-            dt_softplus=True,
-        )
-        # One step later each: a scan is then strictly before the token, and the diagonal is apart.
-        y = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))
-        forward, backward = y.split(self.heads, 2)
-        y = forward[:, lead:] + _flipped(backward, first)[:, lead:]
-        diagonal = self.fc_D(x[:, lead:]) + self.D
-        return y + heads[:, lead:] * diagonal[..., None]
-
-    def _activated(self, x: Tensor) -> Tensor:
-        return x if self.conv_act is None else F.silu(x)
-
-
-def _complete(
-    layer: nn.Module, state: dict[str, Any], prefix: str, *args: object, **kwargs: object
-) -> None:
-    """Before loading: the backward direction of a `Mamba2` checkpoint is a copy of the forward."""
-    assert isinstance(layer, BiMamba2)
-    for name in ("conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D"):
-        head, dot, leaf = name.partition(".")
-        backward = f"{prefix}{head}_b{dot}{leaf}"
-        if prefix + name in state and backward not in state:
-            state[backward] = state[prefix + name]
-    for name in ("in_proj.weight", "in_proj.bias"):
-        rows = state.get(prefix + name)
-        if rows is not None and rows.shape[0] == layer.in_proj.out_features - layer.heads:
-            state[prefix + name] = torch.cat([rows, rows[-layer.heads :]])
-
-
-def _flipped(x: Tensor, first: int) -> Tensor:
-    """The leading `first` tokens of [B, L, ...] reversed, and the others; its own inverse."""
-    if not first:
-        return x.flip(1)
-    return torch.cat([x[:, :first].flip(1), x[:, first:].flip(1)], 1)
-
-
-def _after(x: Tensor, tail: Tensor | None, taps: int) -> Tensor:
+def continued(x: Tensor, tail: Tensor | None, taps: int) -> Tensor:
     """x [B, L, C] after the tail [B, C, taps - 1], or after zeros."""
     if tail is None:
         return F.pad(x, (0, 0, taps - 1, 0))
@@ -521,15 +232,15 @@ def _after(x: Tensor, tail: Tensor | None, taps: int) -> Tensor:
     return torch.cat([tail.transpose(1, 2).to(x.dtype), x], 1)
 
 
-def _tail(padded: Tensor, taps: int) -> Tensor:
+def tail_of(padded: Tensor, taps: int) -> Tensor:
     return padded[:, padded.shape[1] - taps + 1 :].transpose(1, 2)
 
 
-def _decay(A_log: Tensor) -> Tensor:
+def decay(A_log: Tensor) -> Tensor:
     return -torch.exp(A_log.to(torch.promote_types(A_log.dtype, torch.float32)))
 
 
-def _spare_decay(*parameters: nn.Parameter) -> None:
+def spare_decay(*parameters: nn.Parameter) -> None:
     """Ask optimisers not to decay them.
 
     Once they are registered: accelerate, which makes models without memory, knows no attribute.
@@ -538,7 +249,7 @@ def _spare_decay(*parameters: nn.Parameter) -> None:
         parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
 
-def _first_steps(heads: int, low: float, high: float, floor: float) -> nn.Parameter:
+def first_steps(heads: int, low: float, high: float, floor: float) -> nn.Parameter:
     """dt_bias whose softplus is log-uniform in (low, high)."""
     if not 0 < low <= high:
         raise ValueError(f"dt_min: got {low} with dt_max {high}, expected 0 < dt_min <= dt_max")
@@ -546,21 +257,21 @@ def _first_steps(heads: int, low: float, high: float, floor: float) -> nn.Parame
     return nn.Parameter(step + torch.log(-torch.expm1(-step)))
 
 
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected a positive whole number")
 
 
-def _inner(d_model: int, expand: float) -> int:
+def inner_channels(d_model: int, expand: float) -> int:
     inner = int(expand * d_model)
     if inner < 1:
         raise ValueError(f"expand: got {expand!r}, which leaves no inner channel of {d_model}")
     return inner
 
 
-def _heads(channels: int, headdim: int, ngroups: int) -> int:
-    _check_sizes(headdim=headdim, ngroups=ngroups)
+def head_count(channels: int, headdim: int, ngroups: int) -> int:
+    check_sizes(headdim=headdim, ngroups=ngroups)
     if channels % headdim:
         divisors = (d for d in range(channels, 0, -1) if channels % d == 0)
         nearest = min(divisors, key=lambda d: abs(d - headdim))
@@ -573,6 +284,6 @@ def _heads(channels: int, headdim: int, ngroups: int) -> int:
     return heads
 
 
-def _check_tokens(u: Tensor, width: int) -> None:
+def check_tokens(u: Tensor, width: int) -> None:
     if u.dim() != 3 or u.shape[-1] != width:
         raise ValueError(f"u: expected [B, L, {width}], got {tuple(u.shape)}")

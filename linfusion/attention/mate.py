@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from linfusion.attention.mamba2 import BiMamba2, Mamba2State
+from linfusion.attention.bimamba2 import BiMamba2
+from linfusion.attention.mamba2 import Mamba2State
 from linfusion.attention.rotary_major_scan import ORDERS, RotaryMajorScan, flatten, unflatten
 from linfusion.attention.tesa import TESA
 

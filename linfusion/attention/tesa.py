@@ -7,7 +7,7 @@ there is no padding and no mask, so that every backend of diffusers serves it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,17 +63,8 @@ class TESA(nn.Module):
         super().__init__()
         if type(num_heads) is not int or num_heads < 1 or d_model % num_heads:
             raise ValueError(f"num_heads: got {num_heads!r}, expected a divisor of {d_model}")
-        if len(window) != 3 or any(type(w) is not int or w < 1 for w in window):
-            raise ValueError(f"window: got {window!r}, expected three positive whole numbers")
-        if shift_mode not in SHIFT_MODES:
-            raise ValueError(f"shift_mode: got {shift_mode!r}, expected one of {SHIFT_MODES}")
         self.heads, self.window = num_heads, window
-        # How much of the first window lies before the grid.
-        halves = [w // 2 if shift else 0 for w in window]
-        self.outside = tuple(
-            half if shift_mode == "pad" else -half % w
-            for half, w in zip(halves, window, strict=True)
-        )
+        self.outside = outside_of(window, shift, shift_mode)
         self.to_q = nn.Linear(d_model, d_model, bias=bias)
         self.to_k = nn.Linear(d_model, d_model, bias=bias)
         self.to_v = nn.Linear(d_model, d_model, bias=bias)
@@ -127,7 +118,59 @@ class TESA(nn.Module):
         return self.to_out[0](_attend(q, k, v, [frames, *rest]).flatten(4))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, runs: list[list[_Run]]) -> Tensor:
+def outside_of(window: tuple[int, int, int], shift: bool, shift_mode: str) -> tuple[int, int, int]:
+    """How much of the first window lies before the grid, along every axis.
+
+    Raises:
+        ValueError: as for `TESA`.
+    """
+    if len(window) != 3 or any(type(w) is not int or w < 1 for w in window):
+        raise ValueError(f"window: got {window!r}, expected three positive whole numbers")
+    if shift_mode not in SHIFT_MODES:
+        raise ValueError(f"shift_mode: got {shift_mode!r}, expected one of {SHIFT_MODES}")
+    t, h, w = (size // 2 if shift else 0 for size in window)
+    if shift_mode == "pad":
+        return t, h, w
+    return -t % window[0], -h % window[1], -w % window[2]
+
+
+def attend_windows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: tuple[int, int, int],
+    outside: tuple[int, int, int],
+    *,
+    context: tuple[Tensor, Tensor] | None = None,
+    backend: Any = None,
+) -> Tensor:
+    """Softmax attention inside the windows of a whole video.
+
+    Args:
+        q, k, v: [B, T, H, W, heads, D].
+        window: (t, h, w), as for `TESA`.
+        outside: as `outside_of` gives it.
+        context: keys and values [B, M, heads, D] that every window sees besides its own.
+        backend: of diffusers' `dispatch_attention_fn`.
+
+    Returns:
+        [B, T, H, W, heads, D].
+    """
+    runs = [
+        _whole(size, length, before)
+        for size, length, before in zip(q.shape[1:4], window, outside, strict=True)
+    ]
+    return _attend(q, k, v, runs, context, backend)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    runs: list[list[_Run]],
+    context: tuple[Tensor, Tensor] | None = None,
+    backend: Any = None,
+) -> Tensor:
     """Every window of the product of runs: q [B, T, H, W, heads, D] -> the same shape.
 
     k and v may have more frames, in front.
@@ -143,13 +186,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, runs: list[list[_Run]]) -> Tensor:
             parts = []
             for w in runs[2]:
                 area = (slice(None), slice(None), h.tokens, w.tokens)
-                parts.append(_windows(slab[area], keys[area], values[area], (t, h, w)))
+                kv = keys[area], values[area]
+                parts.append(_windows(slab[area], kv, (t, h, w), context, backend))
             rows.append(torch.cat(parts, 3))
         slabs.append(torch.cat(rows, 2))
     return torch.cat(slabs, 1)
 
 
-def _windows(q: Tensor, k: Tensor, v: Tensor, runs: tuple[_Run, _Run, _Run]) -> Tensor:
+def _windows(
+    q: Tensor,
+    kv: tuple[Tensor, Tensor],
+    runs: tuple[_Run, _Run, _Run],
+    context: tuple[Tensor, Tensor] | None,
+    backend: Any,
+) -> Tensor:
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     t, h, w = runs
@@ -162,7 +212,14 @@ def _windows(q: Tensor, k: Tensor, v: Tensor, runs: tuple[_Run, _Run, _Run]) -> 
         x = x.unflatten(1, (t.many, frames)).permute(0, 1, 3, 5, 2, 4, 6, 7, 8)
         return x.reshape(-1, frames * h.length * w.length, *x.shape[-2:])
 
-    out: Tensor = dispatch_attention_fn(split(q), split(k), split(v))
+    k, v = split(kv[0]), split(kv[1])
+    if context is not None:  # before each window, whose batch is the outer index
+        many = len(k) // len(q)
+        k, v = (
+            torch.cat([seen.repeat_interleave(many, 0), own], 1)
+            for seen, own in zip(context, (k, v), strict=True)
+        )
+    out: Tensor = dispatch_attention_fn(split(q), k, v, backend=backend)
     out = out.unflatten(1, (t.length, h.length, w.length)).unflatten(0, (-1, *counts))
     return out.permute(0, 1, 4, 2, 5, 3, 6, 7, 8).flatten(5, 6).flatten(3, 4).flatten(1, 2)
 

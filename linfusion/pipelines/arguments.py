@@ -67,4 +67,8 @@ def pixel_multiple(pipe: Any) -> int:
     config = getattr(getattr(pipe, "transformer", None), "config", {})
     # FLUX packs 2×2 latents into a token, which its patch_size does not say.
     patch = 2 if "axes_dims_rope" in config else config.get("patch_size") or 1
-    return int(pipe.vae_scale_factor * patch)
+    if not isinstance(patch, int):  # frames, height, width
+        patch = patch[-1]
+    # Pipelines for videos have one for space and one for time.
+    name = "vae_scale_factor" if hasattr(pipe, "vae_scale_factor") else "vae_scale_factor_spatial"
+    return int(getattr(pipe, name) * patch)

@@ -5,6 +5,7 @@ import importlib
 _HOME = {
     "TrainConfig": "config",
     "distill": "trainer",
+    "encode_clips": "clips",
     "evaluate": "evaluation",
     "Distillation": "objective",
     "frechet_distance": "metrics",

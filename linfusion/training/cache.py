@@ -313,10 +313,20 @@ class TrainingSet:
             self._latents = teacher_latents(config, teacher, captions, by_size)
         else:
             self._latents = picture_latents(config, teacher.pipe, examples, by_size)
+        rows = {size: [item.example for item in items] for size, items in by_size.items()}
+        self._index(config, teacher, captions, rows, processes)
+
+    def _index(
+        self,
+        config: TrainConfig,
+        teacher: Teacher,
+        captions: Sequence[str],
+        rows: dict[Size, list[int]],
+        processes: int,
+    ) -> None:
+        """Text states of every row of every size, by the number of its caption, and the order."""
         self._text, row = text_states(config, teacher, captions)
-        self._text_row = {
-            size: [row[captions[item.example]] for item in items] for size, items in by_size.items()
-        }
+        self._text_row = {size: [row[captions[i]] for i in rows[size]] for size in rows}
         self._empty = row[""]
         self._dropout = config.proportion_empty_prompts
         self._seed = config.seed
@@ -342,16 +352,23 @@ class TrainingSet:
             self._epoch = epoch, self._order(epoch)
         size, rows = self._epoch[1][position]
         rows = rows[process * self._batch_size : (process + 1) * self._batch_size]
-        latents = self._latents[size][rows]
-        mean = latents["mean"].float()
-        if "std" in latents:
-            mean = mean + latents["std"].float() * torch.randn(mean.shape, generator=generator)
+        latents = self.latents(size, rows, generator)
         dropped = (torch.rand(len(rows), generator=generator) < self._dropout).tolist()
         text = [
             self._empty if drop else self._text_row[size][r]
             for r, drop in zip(rows, dropped, strict=True)
         ]
-        return {"latents": mean, "time_ids": latents["time_ids"]} | self._text[text]
+        return latents | self._text[text]
+
+    def latents(
+        self, size: Size, rows: Sequence[int], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """ "latents" [B, C, h, w] of some rows of one size, and what else goes with them."""
+        found = self._latents[size][rows]
+        mean = found["mean"].float()
+        if "std" in found:
+            mean = mean + found["std"].float() * torch.randn(mean.shape, generator=generator)
+        return {"latents": mean, "time_ids": found["time_ids"]}
 
     def _order(self, epoch: int) -> list[tuple[Size, list[int]]]:
         order = random.Random(f"{self._seed}/{epoch}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import tomllib
 from dataclasses import dataclass, fields
@@ -14,6 +15,7 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "linfusion": ("projection_mid_dim",),
     "clear": ("radius", "down_factor"),
     "lit": ("heads", "conv"),
+    "mate": ("window", "branch_mix"),
 }
 _RECIPES = Path(__file__).parent / "recipes"
 _OF_LIT = (*METHOD_OPTIONS["lit"], "teacher_model_name_or_path", "kd_variance_weight")
@@ -31,7 +33,7 @@ class TrainConfig:
         pretrained_model_name_or_path: folder or hub name of the teacher pipeline, or "zoo:emoji".
         revision, variant: passed to `from_pretrained`.
         method: of `linfusion.linearize`: "linfusion" for UNets, "clear" for FLUX and Stable
-            Diffusion 3, "lit" for DiT and PixArt.
+            Diffusion 3, "lit" for DiT and PixArt, "mate" for Wan, SANA-Video and CogVideoX.
         weights: student weights to start from; None starts from the teacher's own.
         train_projections: also train to_q, to_k, to_v, to_out of each replaced layer.
         projection_rank: what each projection learns is kept a difference of this rank to the
@@ -43,12 +45,17 @@ class TrainConfig:
             side.
         heads: of "lit": heads of its linear attention; None is 2.
         conv: of "lit": its convolution; None is "value_shared".
+        window: of "mate": frames, height and width of its windows in tokens, as "8,4,4"; None is
+            that.
+        branch_mix: of "mate": how its branches are put together; None is "gated".
         inherit: of "lit": what the student takes over, as `linfusion.inherit`.
         teacher_model_name_or_path: of "lit": a pipeline whose transformer teaches; None is the one
             that the student starts from.
         kd_variance_weight: of "lit": weight of the teacher's variance head; None is 0.
         log_variance: of "lit": compare log σ² instead of the raw head.
-        train_data_dir: image folder; captions in metadata.jsonl, metadata.csv or a .txt beside.
+        train_data_dir: image folder; captions in metadata.jsonl, metadata.csv or a .txt beside. Of
+            "mate": folder of clips, safetensors with "latents" [C, T, h, w] as the denoiser takes
+            them, each with its caption in a .txt beside; `encode_clips` writes such.
         dataset_name, dataset_config_name: a `datasets` set (hub name or folder), its train split.
         image_column, caption_column: their names in metadata files and `datasets` sets.
         train_shards_path_or_url: WebDataset .tar shards on this machine; glob and {000..009}.
@@ -67,7 +74,8 @@ class TrainConfig:
         proportion_empty_prompts: share of examples whose caption is dropped, in [0, 1].
         kd_weight, feature_weight: weights of L_kd and L_feat.
         feature_layers: layers that L_feat compares, as `linfusion.linearize` selects them; none
-            given takes all of a UNet, every fourth single block of FLUX.
+            given takes all of a UNet, every fourth single block of FLUX. Of "mate" it compares the
+            hidden states after the blocks they are in; none given takes every fourth.
         guidance_embedding: the guidance that a model with an embedding of it is told.
         output_dir: gets the student's weights, checkpoints, samples and logs.
         seed: of every random draw.
@@ -100,6 +108,8 @@ class TrainConfig:
     down_factor: int | None = None
     heads: int | None = None
     conv: str | None = None
+    window: str | None = None
+    branch_mix: str | None = None
     inherit: str = "lit"
     teacher_model_name_or_path: str | None = None
     kd_variance_weight: float | None = None
@@ -205,6 +215,10 @@ class TrainConfig:
             self.method == "lit" or not self.train_projections
         ):
             raise ValueError("projection_rank: given, but the student keeps whole projections")
+        if self.window is not None and re.fullmatch(r"\d+,\d+,\d+", self.window) is None:
+            raise ValueError(
+                f"window: got {self.window!r}, accepted are frames, height and width as 8,4,4"
+            )
 
     def _check_numbers(self) -> None:
         at_least = dict.fromkeys(
@@ -242,6 +256,14 @@ class TrainConfig:
             raise ValueError("aspect_ratio_buckets: given, but use_aspect_ratio_buckets is off")
         if self.random_flip and self.train_prompts is not None:
             raise ValueError("random_flip: on, but what the teacher draws is not mirrored")
+        if self.method == "mate":
+            for name, accepted in (("train_data_dir", True), ("random_flip", False),
+                                   ("validation_steps", False)):  # fmt: skip
+                if bool(getattr(self, name)) != accepted:
+                    raise ValueError(
+                        f"{name}: {'missing' if accepted else 'given'}, but method 'mate' learns"
+                        " from a folder of clips alone, and draws no grids"
+                    )
         if self.validation_steps and not self.validation_prompts:
             raise ValueError("validation_prompts: none given, but validation_steps is on")
 
@@ -249,7 +271,10 @@ class TrainConfig:
     def method_options(self) -> dict[str, Any]:
         """Options of `linfusion.linearize`, but for those that the weights to start from say."""
         names = () if self.weights is not None else METHOD_OPTIONS[self.method]
-        return {name: getattr(self, name) for name in names}
+        options = {name: getattr(self, name) for name in names}
+        if options.get("window") is not None:
+            options["window"] = tuple(int(n) for n in options["window"].split(","))
+        return options
 
     @property
     def cache_path(self) -> Path:

@@ -65,7 +65,7 @@ def image_folder(
         ]
     else:
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        pairs = [(p, _caption_beside(p, argument) if captions else "") for p in paths]
+        pairs = [(p, caption_beside(p, argument) if captions else "") for p in paths]
     if not pairs:
         raise ValueError(f"{argument}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
     return [
@@ -194,7 +194,12 @@ def _metadata_pairs(
         yield path, caption if isinstance(caption, str) else caption[0]
 
 
-def _caption_beside(path: Path, argument: str) -> str:
+def caption_beside(path: Path, argument: str) -> str:
+    """What is in the .txt file of a file's name.
+
+    Raises:
+        ValueError: there is none.
+    """
     beside = path.with_suffix(".txt")
     if not beside.is_file():
         raise ValueError(

@@ -22,6 +22,7 @@ from linfusion.lowrank import check_rank, low_rank_factors, save_low_rank
 from linfusion.weights import save
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+COMPARED = ("layer", "block")
 
 
 class Distillation:
@@ -40,6 +41,8 @@ class Distillation:
         projection_rank: of what each of them learns, see `constrain`; None leaves it free.
         feature_layers: layers whose outputs are compared, as `linfusion.linearize` selects them;
             None takes all that are replaced.
+        compare: "layer", their outputs, or "block", those of the blocks that they are in: the
+            hidden states (LinMU, Wang 2026, arXiv:2601.01322).
         kd_weight, feature_weight: of L_kd and L_feat in the sum that is trained on.
         **options: of the method.
 
@@ -56,10 +59,13 @@ class Distillation:
         train_projections: bool = True,
         projection_rank: int | None = None,
         feature_layers: Sequence[str] | None = None,
+        compare: str = "layer",
         kd_weight: float = 0.5,
         feature_weight: float = 0.5,
         **options: Any,
     ) -> None:
+        if compare not in COMPARED:
+            raise ValueError(f"compare: got {compare!r}, expected one of {COMPARED}")
         self._mechanism = get_method(method)
         found = candidates(model, method)
         features = list(found)
@@ -105,8 +111,12 @@ class Distillation:
         self._teaching = False
         self._taught: dict[str, Tensor] = {}
         self._feature_losses: dict[str, Tensor] = {}
+        compared: dict[str, nn.Module] = {path: self.layers[path] for path in features}
+        if compare == "block":
+            compared = {path: model.get_submodule(path.rpartition(".")[0]) for path in features}
         self._hooks = [
-            self.layers[path].register_forward_hook(self._feature_hook(path)) for path in features
+            module.register_forward_hook(self._feature_hook(path))
+            for path, module in compared.items()
         ]
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -132,8 +142,8 @@ class Distillation:
         """L_simple, L_kd and L_feat of one batch, each a mean of squares in fp32.
 
         L_simple = |s − target|², L_kd = |s − t|², L_feat = mean over layers of |a_s − a_t|², where
-        s, t are the outputs of student and teacher and a_s, a_t those of a compared layer, each on
-        its own running input.
+        s, t are the outputs of student and teacher and a_s, a_t those of a compared layer or block,
+        each on its own running input.
 
         Args:
             student: what to call for the student: the model, or its wrapper for several processes.
@@ -226,7 +236,7 @@ class Distillation:
 
 
 def _joined(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """What a layer returns: tokens [B, N, C], or those of the picture and of the text."""
+    """What a layer or block returns: tokens [B, N, C], or those of the picture and of the text."""
     return output if isinstance(output, Tensor) else torch.cat(output, 1)
 
 

@@ -1,6 +1,7 @@
 """Distil the linear student of a pipeline from its softmax teacher.
 
-After Liu et al. 2024 (LinFusion), and for FLUX and Stable Diffusion 3 Liu et al. 2024 (CLEAR).
+After Liu et al. 2024 (LinFusion), and for FLUX and Stable Diffusion 3 Liu et al. 2024 (CLEAR); for
+video transformers with the hidden states of LinMU (Wang 2026).
 
 Everything random in a step is drawn from a generator seeded by (seed, process, number of the
 micro-step), and the order of the data is a function of the seed: a run that was killed continues
@@ -27,6 +28,7 @@ from tqdm.auto import tqdm
 
 import linfusion
 from linfusion import zoo
+from linfusion.attention import volumes
 from linfusion.layers import MARKER, candidates, select
 from linfusion.training.cache import TrainingSet, plan_sizes
 from linfusion.training.checkpoints import (
@@ -37,6 +39,7 @@ from linfusion.training.checkpoints import (
     step_of,
     warn_of_changes,
 )
+from linfusion.training.clips import Clip, ClipSet, VideoTeacher, check_clips, clip_folder
 from linfusion.training.config import TrainConfig, writable_folder
 from linfusion.training.data import (
     Example,
@@ -87,7 +90,7 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
             if getattr(pipe, name, None) is not None:
                 getattr(pipe, name).to(FROZEN_DTYPES[config.mixed_precision])
     teacher = teacher_of(pipe, config)
-    _check_student(config, teacher)
+    _check_student(config, teacher, examples)
 
     out = writable_folder("output_dir", config.output_dir)
     writable_folder("cache_dir", config.cache_path)
@@ -100,7 +103,8 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
 
         pipe.to(accelerator.device)
         with accelerator.main_process_first():
-            data = TrainingSet(config, teacher, examples, processes=accelerator.num_processes)
+            kind: Any = ClipSet if isinstance(teacher, VideoTeacher) else TrainingSet
+            data = kind(config, teacher, examples, processes=accelerator.num_processes)
         if not config.validation_steps:  # nothing is encoded or decoded from here on
             for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
                 if getattr(pipe, name, None) is not None and accelerator.device.type != "cpu":
@@ -147,12 +151,15 @@ def load_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
     return DiffusionPipeline.from_pretrained(zoo.resolve(name), **kwargs)
 
 
-def load_examples(config: TrainConfig) -> list[Example] | None:
+def load_examples(config: TrainConfig) -> list[Example] | list[Clip] | None:
     """Pictures and captions of the configured source; None if the teacher is to draw them.
 
     Raises:
-        ValueError, ImportError: as the sources in `linfusion.training.data`.
+        ValueError, ImportError: as the sources in `linfusion.training.data`, and `clip_folder`.
     """
+    if config.method == "mate":
+        assert config.train_data_dir is not None  # TrainConfig takes no other source
+        return clip_folder(config.train_data_dir)
     if config.train_data_dir is not None:
         return image_folder(
             config.train_data_dir,
@@ -190,15 +197,18 @@ def teacher_of(pipe: DiffusionPipeline, config: TrainConfig) -> Teacher:
         return ClassTeacher(pipe)
     if "PixArtTransformer2DModel" in kinds:
         return PixArtTeacher(pipe)
+    if kinds & set(volumes.HOSTS):
+        return VideoTeacher(pipe)
     raise ValueError(
         f"pretrained_model_name_or_path: {type(pipe).__name__} has neither a unet nor a transformer"
-        " of FLUX, Stable Diffusion 3, DiT or PixArt, the models that are distilled"
+        " of FLUX, Stable Diffusion 3, DiT, PixArt, Wan, SANA-Video or CogVideoX, the models that"
+        " are distilled"
     )
 
 
-def _check_student(config: TrainConfig, teacher: Teacher) -> None:
+def _check_student(config: TrainConfig, teacher: Teacher, examples: Any) -> None:
     """Refuse what this pipeline cannot do now, not after hours of filling the cache."""
-    levels = plan_sizes(config, teacher.multiple)
+    levels = [] if config.method == "mate" else plan_sizes(config, teacher.multiple)
     oblong = [f"{h}x{w}" for level in levels for h, w in level if h != w]
     if oblong and teacher.squares_only:
         raise ValueError(
@@ -206,6 +216,8 @@ def _check_student(config: TrainConfig, teacher: Teacher) -> None:
             " alone"
         )
     paths = list(candidates(teacher.model, config.method))
+    if config.method == "mate":
+        check_clips(teacher, examples)
     if config.feature_layers:
         select(paths, config.feature_layers, "feature_layers")
     if config.method == "lit":
@@ -244,6 +256,7 @@ def _pair(config: TrainConfig, teacher: Teacher) -> Pair:
         train_projections=config.train_projections,
         projection_rank=config.projection_rank,
         feature_layers=config.feature_layers or teacher.feature_layers(paths),
+        compare="block" if config.method == "mate" else "layer",
         kd_weight=config.kd_weight,
         feature_weight=config.feature_weight,
         **config.method_options,
@@ -361,6 +374,8 @@ def _moved(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
             moved[name] = _moved(value, device, dtype)
         elif value is None:
             moved[name] = None
+        elif isinstance(value, tuple):  # a rotary table keeps its precision
+            moved[name] = tuple(x.to(device) for x in value)
         else:
             exact = name.endswith(("_ids", "timestep")) or not value.is_floating_point()
             moved[name] = value.to(device, None if exact else dtype)

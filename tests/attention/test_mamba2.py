@@ -1,15 +1,14 @@
-"""Mamba-2 and its bidirectional forms: what they compute, load, carry and refuse."""
+"""Mamba-2: what it computes, loads and carries."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from linfusion.attention.mamba2 import BiMamba2, Mamba2, Mamba2State
+from linfusion.attention.mamba2 import Mamba2, Mamba2State
 
 
 def tokens(length, width=24, batch=2, dtype=torch.float64):
@@ -29,14 +28,6 @@ def shaken(layer, dtype=torch.float64):
 def causal(**options):
     torch.manual_seed(0)
     return shaken(Mamba2(24, d_state=6, headdim=8, **options))
-
-
-def both(bidirectional="flip_sum", **options):
-    torch.manual_seed(0)
-    taps = {"flip_sum": 4, "hydra": 7}[bidirectional]
-    return shaken(
-        BiMamba2(24, d_state=6, headdim=8, d_conv=taps, bidirectional=bidirectional, **options)
-    )
 
 
 @pytest.mark.parametrize("length, groups", [(1, 1), (37, 1), (70, 2)])
@@ -112,151 +103,3 @@ def test_first_steps_and_decays_lie_in_their_ranges():
     steps, decays = F.softplus(layer.dt_bias), layer.A_log.exp()
     assert 0.01 * 0.999 <= steps.min() < 0.03 and 0.1 < steps.max() <= 0.2 * 1.001
     assert decays.min() >= 2 * 0.999 and decays.max() <= 3 * 1.001
-
-
-def one_direction(layer, suffix=""):
-    """The causal layer inside a "flip_sum" one, without gate, norm and output."""
-    inner = Mamba2(24, d_state=6, headdim=8, rmsnorm=False).double()
-    weights = layer.state_dict()
-    state = {name: weights[name] for name in ("in_proj.weight", "out_proj.weight")}
-    for name in ("conv1d.weight", "conv1d.bias", "dt_bias", "A_log", "D"):
-        head, dot, leaf = name.partition(".")
-        state[name] = weights[f"{head}{suffix}{dot}{leaf}"]
-    rows, heads = state["in_proj.weight"], layer.heads
-    step = rows[-heads:] if suffix else rows[-2 * heads : -heads]
-    state["in_proj.weight"] = torch.cat([rows[: -2 * heads], step])
-    state["in_proj.weight"][:48] = 0  # an even gate, half of y on either side
-    inner.load_state_dict(state)
-    return inner
-
-
-def scanned(inner, x):
-    """y of a causal layer before gate and output."""
-    found = []
-    hook = inner.out_proj.register_forward_hook(lambda m, args, out: found.append(args[0]))
-    inner.in_proj.bias = torch.nn.Parameter(torch.zeros(inner.in_proj.out_features).double())
-    with torch.no_grad():
-        inner.in_proj.bias[:48] = 1.2784645427610738  # silu of it is 1
-    inner(x)
-    hook.remove()
-    return found[0]
-
-
-def test_flip_sum_is_two_causal_layers():
-    layer, x = both(), tokens(23)
-    y = scanned(one_direction(layer), x) + scanned(one_direction(layer, "_b"), x.flip(1)).flip(1)
-    z = layer.in_proj(x)[..., :48]
-    expected = layer.out_proj(layer.norm(y, z))
-    torch.testing.assert_close(layer(x), expected, atol=1e-10, rtol=1e-8)
-
-
-def test_a_causal_checkpoint_loads_and_serves_both_directions():
-    source, layer = causal(), both()
-    layer.load_state_dict(source.state_dict())
-    x = tokens(15)
-    torch.testing.assert_close(layer(x.flip(1)).flip(1), layer(x), atol=1e-10, rtol=1e-8)
-    assert torch.equal(layer.in_proj.weight[: -layer.heads], source.in_proj.weight)
-
-
-def hydra_by_the_matrix(layer, x):
-    """Strictly lower, strictly upper and diagonal part of each head, written out (Hydra)."""
-    z, xbc, dt = layer.in_proj(x).split([48, layer.conv1d.in_channels, 2 * layer.heads], -1)
-    xbc = F.conv1d(
-        xbc.transpose(1, 2), layer.conv1d.weight, layer.conv1d.bias, padding=3, groups=72
-    )
-    x_, bf, cf, bb, cb = F.silu(xbc.transpose(1, 2)).split([48, 6, 6, 6, 6], -1)
-    heads = x_.unflatten(-1, (6, 8))
-    step = F.softplus(dt.unflatten(-1, (2, 6)) + layer.dt_bias)
-    a = -layer.A_log.exp()
-    y = heads * (layer.fc_D(x_) + layer.D)[..., None]
-    for i in range(x.shape[1]):
-        for j in range(x.shape[1]):
-            if i == j:
-                continue
-            # The state that reaches i was last decayed one token before it.
-            side, b, c = (0, bf, cf) if j < i else (1, bb, cb)
-            at = i - 1 if j < i else i + 1
-            between = range(j + 1, at + 1) if j < i else range(at, j)
-            decay = (step[:, list(between), side].sum(1) * a).exp()
-            score = (c[:, at] * b[:, j]).sum(-1)[:, None]
-            y[:, i] += (score * decay * step[:, j, side])[..., None] * heads[:, j]
-    return layer.out_proj(layer.norm(y.flatten(2), z))
-
-
-def test_hydra_is_its_quasiseparable_matrix():
-    layer, x = both("hydra"), tokens(11)
-    torch.testing.assert_close(layer(x), hydra_by_the_matrix(layer, x), atol=1e-9, rtol=1e-8)
-
-
-@pytest.mark.parametrize("bidirectional", ["flip_sum", "hydra"])
-def test_leading_tokens_are_read_but_not_returned(bidirectional):
-    layer, x = both(bidirectional), tokens(19)
-    last = layer(x, lead=5, lead_first=False)
-    torch.testing.assert_close(last, layer(x)[:, 5:], atol=1e-12, rtol=0)
-    changed = x.clone()
-    changed[:, :5] += 1
-    assert ((layer(changed, lead=5) - layer(x, lead=5)).abs() > 1e-9).any(-1).all()
-
-
-def test_the_forward_direction_carries_a_state_and_the_backward_one_starts_afresh():
-    layer, x = both(), tokens(30)
-    with torch.no_grad():
-        layer.D_b.zero_()
-        layer.conv1d_b.weight.zero_()  # silences the backward direction
-        layer.conv1d_b.bias.zero_()
-    whole, state = layer(x, return_state=True)
-    first, middle = layer(x[:, :13], return_state=True)
-    second, last = layer(x[:, 13:], middle, return_state=True)
-    torch.testing.assert_close(torch.cat([first, second], 1), whole, atol=1e-10, rtol=0)
-    torch.testing.assert_close(tuple(last), tuple(state), atol=1e-10, rtol=0)
-
-
-def test_from_attention_starts_as_the_attention_without_its_softmax():
-    torch.manual_seed(0)
-    attn = Attention(24, heads=3, dim_head=8, bias=True).double()
-    layer, x = BiMamba2.from_attention(attn), tokens(17)
-    q, k, v = (p(x).unflatten(-1, (3, 8)) for p in (attn.to_q, attn.to_k, attn.to_v))
-    n = torch.arange(17)
-    weight = 1e-3 * torch.exp(-1e-3 * (n[:, None] - n).abs()) * (1 + (n[:, None] == n).double())
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) * 8**-0.5 * weight
-    y = torch.einsum("bhij,bjhd->bihd", scores, v).flatten(2)
-    torch.testing.assert_close(layer(x), attn.to_out[0](y), atol=1e-9, rtol=1e-7)
-
-
-@pytest.mark.parametrize("bidirectional", ["flip_sum", "hydra"])
-def test_every_parameter_gets_a_gradient(bidirectional):
-    layer = both(bidirectional)
-    layer(tokens(12), lead=3).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in layer.parameters())
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"headdim": 7}, "headdim: got 7, which does not divide 48 channels; 8 does"),
-        ({"ngroups": 4}, "ngroups: got 4, which does not divide 6 heads"),
-        ({"bidirectional": "both"}, "bidirectional: got 'both', expected one of"),
-        ({"bidirectional": "hydra"}, "d_conv: got 4, expected an odd number"),
-        ({"conv_act": "relu"}, "conv_act: got 'relu', expected 'silu' or None"),
-        ({"d_state": 0}, "d_state: got 0, expected a positive whole number"),
-    ],
-)
-def test_a_bad_option_is_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        BiMamba2(24, **({"headdim": 8} | options))
-
-
-def test_a_bad_input_is_named():
-    layer = both()
-    with pytest.raises(ValueError, match=r"u: expected \[B, L, 24\], got \(2, 5, 8\)"):
-        layer(tokens(5, width=8))
-    with pytest.raises(ValueError, match="lead: got 5, expected 0 to 4"):
-        layer(tokens(5), lead=5)
-    with pytest.raises(ValueError, match="state: 'hydra' has none"):
-        both("hydra")(tokens(5), return_state=True)
-
-
-def test_attention_with_norms_is_refused():
-    attn = Attention(24, heads=3, dim_head=8, qk_norm="rms_norm")
-    with pytest.raises(ValueError, match="attn: has norm_q or norm_k"):
-        BiMamba2.from_attention(attn)
