@@ -127,7 +127,7 @@ def main() -> None:
         params, args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0, foreach=True
     )
 
-    def losses(index: list[int]) -> dict[str, torch.Tensor]:
+    def losses(index: list[int], _: int) -> dict[str, torch.Tensor]:
         clean = latents[index]
         noise = torch.randn_like(clean)
         t = torch.randint(0, scheduler.config.num_train_timesteps, (len(index),))

@@ -1,0 +1,255 @@
+"""Train the zoo's text-to-video model: a block-causal LinGen with its own CLIP text encoder.
+
+    python examples/zoo/train_video.py --output runs/video --steps 10000
+
+Flow matching on emoji that move and emoji that stand still, in every batch. As in diffusion forcing
+(Chen et al. 2024, arXiv:2407.01392) each block of frames has a noise level of its own, so that one
+pass trains all of them. Up to a block drawn for each clip they are history, clean or nearly so, as
+the committed blocks of a stream are; what is entirely clean has no loss.
+
+A run that was stopped goes on from its last checkpoint. The folder `pipeline` of the output has the
+components of a video pipeline: vae, text_encoder, tokenizer, transformer and scheduler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from functools import partial
+from pathlib import Path
+
+import clips
+import data
+import loop
+import numpy as np
+import text
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+from train_unet import encode
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from linfusion.models import LinGenTransformer3DModel, StreamState, split_blocks
+
+ZOO = Path(__file__).parents[2] / "linfusion" / "zoo" / "emoji"
+SIZE = 128  # the VAE loses the faces at 64 px: 21 dB, against 26
+FPS = 12
+LOOP = 36  # frames: most animations are loops of 3 s
+BLOCK = 4
+SHIFT = 2.0
+HISTORY = 0.2  # the most noise of a block of the past
+PROMPTS = ["a red heart", "cat face", "rocket", "grinning face with big eyes", "bee", "a hot drink"]
+
+
+def build_transformer(size: int, mixer: str) -> LinGenTransformer3DModel:
+    """8 by 8 tokens a frame, whatever the size."""
+    patch = size // 64
+    return LinGenTransformer3DModel(
+        in_channels=4,
+        patch_size=(1, patch, patch),
+        num_layers=8,
+        num_attention_heads=3,
+        attention_head_dim=64,
+        text_dims=(128,),
+        pos_embed_size=(3 * BLOCK, 8, 8),
+        d_state=32,
+        expand=1,
+        tesa_window=(8, 4, 4),
+        causal_blocks=True,
+        block_frames=BLOCK,
+        time_positions="block",
+        self_attention=mixer,
+    )
+
+
+def load_latents(args: argparse.Namespace, vae: AutoencoderKL, films: list[data.Emoji]) -> dict:
+    """Means of the VAE, encoded once: `clips` [n, 36, 4, h, w] and `stills` [m, 4, h, w]."""
+    path = args.output / "latents.pt"
+    if not path.exists():
+        pixels = clips.load_clips(films, args.size, LOOP)
+        moving = [
+            encode(vae, torch.from_numpy(np.array(clip)).permute(0, 3, 1, 2))
+            for clip in tqdm(pixels, "encoding")
+        ]
+        still = encode(vae, data.load_pixels(data.pictures(args.data), args.size))
+        loop.save(path, clips=torch.stack(moving).half(), stills=still.half())
+    return loop.load(path)
+
+
+def tokens(
+    tokenizer: CLIPTokenizer, encoder: CLIPTextModel, captions: list[str]
+) -> tuple[Tensor, Tensor]:
+    """Text states [B, 32, 128] and their mask [B, 32]."""
+    found = tokenizer(
+        captions,
+        padding="max_length",
+        truncation=True,
+        max_length=text.LENGTH,
+        return_tensors="pt",
+    )
+    return encoder(found.input_ids).last_hidden_state, found.attention_mask
+
+
+def noise_levels(batch: int, frames: int) -> Tensor:
+    """t of every frame, [B, T]: one a block, of which the first few are a clip's history."""
+    blocks = torch.tensor(split_blocks(frames, BLOCK))
+    sigma = torch.randn(batch, len(blocks)).sigmoid()  # logit-normal, as Stable Diffusion 3
+    sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+    history = HISTORY * torch.rand(sigma.shape) * (torch.rand(sigma.shape) < 0.5)
+    first = torch.randint(len(blocks), (batch, 1))  # the block that a stream would be at
+    past = torch.arange(len(blocks)) < first
+    return torch.where(past, history, sigma).repeat_interleave(blocks, 1)
+
+
+def flow_loss(transformer, clean: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+    """MSE to ε - x over the frames that have noise; clean [B, T, C, h, w]."""
+    clean = clean.float().transpose(1, 2)
+    noise = torch.randn_like(clean)
+    t = noise_levels(len(clean), clean.shape[2])
+    s = t[:, None, :, None, None]
+    v = transformer((1 - s) * clean + s * noise, 1000 * t, states, mask, return_dict=False)[0]
+    error = (v.float() - (noise - clean)).square().mean((1, 3, 4))
+    return error[t > 0].mean()
+
+
+@torch.no_grad()
+def sample(
+    transformer: LinGenTransformer3DModel,
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    states: tuple[Tensor, Tensor],
+    shape: tuple[int, ...],
+    *,
+    blocks: int,
+    steps: int = 12,
+    guidance: float = 3.0,
+) -> Tensor:
+    """Latents [B, C, T, h, w], block by block; `states` are those of the prompts, then of none."""
+    past, found = StreamState(), []
+    for _ in range(blocks):
+        x = torch.randn(shape)
+        scheduler.set_timesteps(steps)
+        with past.frozen():
+            for t in scheduler.timesteps:
+                v, none = transformer(x.repeat(2, 1, 1, 1, 1), t, *states, past).sample.chunk(2)
+                x = scheduler.step(none + guidance * (v - none), t, x).prev_sample
+        transformer.commit(x.repeat(2, 1, 1, 1, 1), *states, state=past)
+        found.append(x)
+    return torch.cat(found, 2)
+
+
+@torch.no_grad()
+def preview(parts: dict, size: int, blocks: int, file: Path) -> None:
+    """A row for each of PROMPTS, every second frame, always from the same noise."""
+    torch.manual_seed(0)
+    states = tokens(parts["tokenizer"], parts["text_encoder"], PROMPTS + [""] * len(PROMPTS))
+    shape = (len(PROMPTS), 4, BLOCK, size // 8, size // 8)
+    transformer, vae = parts["transformer"], parts["vae"]
+    latents = sample(transformer, parts["scheduler"], states, shape, blocks=blocks)
+    shown = latents[:, :, ::2].transpose(1, 2)
+    pixels = vae.decode(shown.flatten(0, 1) / vae.config.scaling_factor).sample
+    arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
+    loop.sheet([Image.fromarray(a) for a in arrays], shown.shape[1], size).save(file)
+
+
+def optimizers(
+    parts: dict, learning_rate: float
+) -> tuple[list[torch.nn.Parameter], list[torch.optim.Optimizer]]:
+    """Muon for the matrices inside the blocks, AdamW for everything else."""
+    blocks = parts["transformer"].transformer_blocks
+    matrices = [p for n, p in blocks.named_parameters() if p.ndim == 2 and "table" not in n]
+    chosen = {id(p) for p in matrices}
+    params = [*parts["transformer"].parameters(), *parts["text_encoder"].parameters()]
+    return params, [
+        torch.optim.Muon(
+            matrices, learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(
+            [p for p in params if id(p) not in chosen],
+            learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+            foreach=True,
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    loop.add_arguments(
+        parser,
+        output="runs/video",
+        steps=10000,
+        batch_size=8,
+        learning_rate=2e-3,
+        preview_every=1000,
+    )
+    parser.add_argument("--clips", type=Path, help="folder of the clips; fetched when not given")
+    parser.add_argument("--init", type=Path, default=ZOO, help="where vae and text come from")
+    parser.add_argument("--size", type=int, default=SIZE, help="of the frames, in pixels")
+    parser.add_argument("--stills", type=int, default=16, help="in a batch, beside the clips")
+    parser.add_argument("--mixer", choices=("mate", "softmax"), default="mate")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        nargs="+",
+        default=(8, 16, 32),
+        help="of the clips, in equal thirds of the steps if three; the batch shrinks as they grow",
+    )
+    args = parser.parse_args()
+    if args.size % 64:
+        parser.error(f"--size: expected a multiple of 64, got {args.size}")
+
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    films, pictures = clips.animations(args.clips), data.pictures(args.data)
+    parts = {
+        "vae": AutoencoderKL.from_pretrained(args.init / "vae", dtype=torch.float32),
+        "text_encoder": CLIPTextModel.from_pretrained(
+            args.init / "text_encoder", dtype=torch.float32
+        ).train(),
+        "tokenizer": CLIPTokenizer.from_pretrained(args.init / "tokenizer"),
+        "transformer": build_transformer(args.size, args.mixer).train(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+    }
+    latents = load_latents(args, parts["vae"], films)
+    torch.manual_seed(args.seed)  # encoding took some draws, or did not
+    transformer = parts["transformer"]
+    params, both = optimizers(parts, args.learning_rate)
+    print(f"{sum(p.numel() for p in params):,} parameters, {len(films)} clips", flush=True)
+
+    def stage(step: int) -> int:
+        """Frames of a clip."""
+        return args.frames[(step - 1) * len(args.frames) // args.steps]
+
+    def losses(index: list[int], step: int) -> dict[str, Tensor]:
+        frames = stage(step)
+        index = index[: max(1, len(index) * args.frames[0] // frames)]
+        starts = [rng.choice((0, rng.randrange(LOOP))) for _ in index]
+        moving = torch.stack(
+            [
+                latents["clips"][i, (s + torch.arange(frames)) % LOOP]
+                for i, s in zip(index, starts, strict=True)
+            ]
+        )
+        others = torch.randint(len(pictures), (args.stills,)).tolist()
+        captions = [text.vary(films[i].captions, rng) for i in index]
+        captions += [text.vary(pictures[i].captions, rng) for i in others]
+        with torch.autocast("cpu", torch.bfloat16):
+            states, mask = tokens(parts["tokenizer"], parts["text_encoder"], captions)
+            n = len(index)
+            video = flow_loss(transformer, moving, states[:n], mask[:n])
+            still = flow_loss(transformer, latents["stills"][others][:, None], states[n:], mask[n:])
+        return {"loss": video + 0.5 * still, "video": video, "still": still}
+
+    draw = partial(preview, parts, args.size, max(args.frames) // BLOCK)
+    loop.run(args, params, both, len(films), losses, draw, rng=rng)
+    for name, part in parts.items():
+        part = part.half() if isinstance(part, torch.nn.Module) else part
+        part.save_pretrained(args.output / "pipeline" / name)
+
+
+if __name__ == "__main__":
+    main()
