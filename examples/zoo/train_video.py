@@ -1,6 +1,6 @@
 """Train the zoo's text-to-video model: a block-causal LinGen with its own CLIP text encoder.
 
-    python examples/zoo/train_video.py --output runs/video --steps 10000
+    python examples/zoo/train_video.py --output runs/video --steps 8000
 
 Flow matching on emoji that move and emoji that stand still, in every batch. As in diffusion forcing
 (Chen et al. 2024, arXiv:2407.01392) each block of frames has a noise level of its own, so that one
@@ -49,10 +49,11 @@ def build_transformer(size: int, mixer: str) -> LinGenTransformer3DModel:
     return LinGenTransformer3DModel(
         in_channels=4,
         patch_size=(1, patch, patch),
-        num_layers=8,
-        num_attention_heads=3,
+        num_layers=6,
+        num_attention_heads=4,
         attention_head_dim=64,
         text_dims=(128,),
+        mlp_ratio=3.0,
         pos_embed_size=(3 * BLOCK, 8, 8),
         d_state=32,
         expand=1,
@@ -180,22 +181,22 @@ def main() -> None:
     loop.add_arguments(
         parser,
         output="runs/video",
-        steps=10000,
-        batch_size=8,
+        steps=8000,
+        batch_size=4,
         learning_rate=2e-3,
         preview_every=1000,
     )
     parser.add_argument("--clips", type=Path, help="folder of the clips; fetched when not given")
     parser.add_argument("--init", type=Path, default=ZOO, help="where vae and text come from")
     parser.add_argument("--size", type=int, default=SIZE, help="of the frames, in pixels")
-    parser.add_argument("--stills", type=int, default=16, help="in a batch, beside the clips")
+    parser.add_argument("--stills", type=int, default=12, help="in a batch, beside the clips")
     parser.add_argument("--mixer", choices=("mate", "softmax"), default="mate")
     parser.add_argument(
         "--frames",
         type=int,
         nargs="+",
         default=(8, 16, 32),
-        help="of the clips, in equal thirds of the steps if three; the batch shrinks as they grow",
+        help="of the clips, as training goes on; the batch, whose size is for the first, shrinks",
     )
     args = parser.parse_args()
     if args.size % 64:
