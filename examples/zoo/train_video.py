@@ -228,6 +228,7 @@ def main() -> None:
     def losses(index: list[int], step: int) -> dict[str, Tensor]:
         frames = stage(step)
         index = index[: max(1, len(index) * args.frames[0] // frames)]
+        frames += rng.choice((0, 0, 0, *range(1, BLOCK)))  # first blocks may be longer than others
         starts = [rng.choice((0, rng.randrange(LOOP))) for _ in index]
         moving = torch.stack(
             [
