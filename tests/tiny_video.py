@@ -17,18 +17,18 @@ CHANNELS = 4
 
 
 def tiny_wan() -> AutoencoderKLWan:
-    """2 frames and 2 pixels to a latent."""
+    """4 frames and 4 pixels to a latent."""
     torch.manual_seed(0)
     return AutoencoderKLWan(
         base_dim=4,
         z_dim=CHANNELS,
-        dim_mult=[1, 2],
+        dim_mult=[1, 1, 2],
         num_res_blocks=1,
-        temperal_downsample=[True],
+        temperal_downsample=[True, True],
         latents_mean=[0.1, -0.2, 0.0, 0.3],
         latents_std=[1.5, 0.8, 1.0, 1.2],
-        scale_factor_temporal=2,
-        scale_factor_spatial=2,
+        scale_factor_temporal=4,
+        scale_factor_spatial=4,
     ).eval()
 
 
@@ -84,7 +84,7 @@ def tiny_transformer(causal: bool = True, **changes: object) -> LinGenTransforme
 
 
 def tiny_lingen(causal: bool = True, make_vae=tiny_image_vae, **more: object) -> LinGenPipeline:
-    """A pipeline of 16 px (32 px with CogVideoX's VAE); `more` are other components."""
+    """A pipeline of 16 px (32 px with a causal VAE); `more` are other components."""
     components = {
         "tokenizer": tiny_tokenizer(),
         "text_encoder": tiny_text_encoder(),
