@@ -109,6 +109,13 @@ class LinGenPipeline(DiffusionPipeline):
         self._current_timestep: Any = None
 
     @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the positions of the transformer were made for."""
+        config, factor = self.transformer.config, self.vae_scale_factor_spatial
+        height, width = (config.pos_embed_size[i] * config.patch_size[i] * factor for i in (1, 2))
+        return height, width
+
+    @property
     def guidance_scale(self) -> float:
         return self._guidance_scale
 
@@ -444,10 +451,8 @@ class LinGenPipeline(DiffusionPipeline):
         """All that is to be drawn, checked, and then encoded."""
         config = self.transformer.config
         factor = self.vae_scale_factor_spatial
-        if height is None:
-            height = config.pos_embed_size[1] * config.patch_size[1] * factor
-        if width is None:
-            width = config.pos_embed_size[2] * config.patch_size[2] * factor
+        height = self.default_size[0] if height is None else height
+        width = self.default_size[1] if width is None else width
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         prompt, starts = split_prompt(prompt)

@@ -222,46 +222,14 @@ def pack_values(values: dict[str, Any], tensors: dict[str, Tensor], prefix: str)
     Raises:
         TypeError: there is something else among them; the message is its class and its name.
     """
-
-    def put(value: Any, name: str) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        if isinstance(value, Tensor):
-            tensors[name] = value
-            return {"tensor": name, "device": str(value.device)}
-        if isinstance(value, (np.ndarray, np.generic)):
-            tensors[name] = torch.from_numpy(np.array(value))
-            return {"array": name}
-        if isinstance(value, (list, tuple)):
-            items = [put(v, f"{name}.{i}") for i, v in enumerate(value)]
-            return {"list" if isinstance(value, list) else "tuple": items}
-        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-            return {"dict": {k: put(v, f"{name}.{k}") for k, v in value.items()}}
-        raise TypeError(f"{type(value).__name__} in {name.partition('.')[2]}")
-
-    return {k: put(v, f"{prefix}.{k}") for k, v in values.items()}
+    return {k: _packed(v, f"{prefix}.{k}", tensors) for k, v in values.items()}
 
 
 def unpack(
     packed: dict[str, Any], tensors: dict[str, Tensor], device: Any = None
 ) -> dict[str, Any]:
     """What `pack` or `pack_values` packed, on the device it was on or another."""
-
-    def get(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        if "tensor" in value:
-            return tensors[value["tensor"]].to(device or value["device"])
-        if "array" in value:
-            array = tensors[value["array"]].numpy()
-            return array if array.ndim else array[()]
-        if "dict" in value:
-            return {k: get(v) for k, v in value["dict"].items()}
-        if "list" in value:
-            return [get(v) for v in value["list"]]
-        return tuple(get(v) for v in value["tuple"])
-
-    return {k: get(v) for k, v in packed.items()}
+    return {k: _unpacked(v, tensors, device) for k, v in packed.items()}
 
 
 def seed_of(folder: str | Path | None) -> int | None:
@@ -270,6 +238,39 @@ def seed_of(folder: str | Path | None) -> int | None:
     if file is None or not file.is_file():
         return None
     return json.loads(file.read_text("utf-8")).get("seed")
+
+
+# Not closures: such refer to themselves, and keep what they saw until garbage is collected.
+def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name, "device": str(value.device)}
+    if isinstance(value, (np.ndarray, np.generic)):
+        tensors[name] = torch.from_numpy(np.array(value))
+        return {"array": name}
+    if isinstance(value, (list, tuple)):
+        items = [_packed(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": items}
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {"dict": {k: _packed(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+    raise TypeError(f"{type(value).__name__} in {name.partition('.')[2]}")
+
+
+def _unpacked(value: Any, tensors: dict[str, Tensor], device: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]].to(device or value["device"])
+    if "array" in value:
+        array = tensors[value["array"]].numpy()
+        return array if array.ndim else array[()]
+    if "dict" in value:
+        return {k: _unpacked(v, tensors, device) for k, v in value["dict"].items()}
+    if "list" in value:
+        return [_unpacked(v, tensors, device) for v in value["list"]]
+    return tuple(_unpacked(v, tensors, device) for v in value["tuple"])
 
 
 def _refuse_other(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
