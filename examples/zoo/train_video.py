@@ -7,8 +7,8 @@ Flow matching on emoji that move and emoji that stand still, in every batch. As 
 pass trains all of them. Up to a block drawn for each clip they are history, clean or nearly so, as
 the committed blocks of a stream are; what is entirely clean has no loss.
 
-A run that was stopped goes on from its last checkpoint. The folder `pipeline` of the output has the
-components of a video pipeline: vae, text_encoder, tokenizer, transformer and scheduler.
+A run that was stopped goes on from its last checkpoint. The folder `pipeline` of the output is a
+LinGenPipeline.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ import numpy as np
 import text
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from train_unet import encode
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from linfusion.models import LinGenTransformer3DModel, StreamState, split_blocks
+from linfusion.models import LinGenTransformer3DModel, split_blocks
+from linfusion.pipelines import LinGenPipeline
+from linfusion.training.video import noise_levels
 
 ZOO = Path(__file__).parents[2] / "linfusion" / "zoo" / "emoji"
 SIZE = 128  # the VAE loses the faces at 64 px: 21 dB, against 26
@@ -39,7 +40,6 @@ FPS = 12
 LOOP = 36  # frames: most animations are loops of 3 s
 BLOCK = 4
 SHIFT = 2.0
-HISTORY = 0.2  # the most noise of a block of the past
 PROMPTS = ["a red heart", "cat face", "rocket", "grinning face with big eyes", "bee", "a hot drink"]
 
 
@@ -93,75 +93,41 @@ def tokens(
     return encoder(found.input_ids).last_hidden_state, found.attention_mask
 
 
-def noise_levels(batch: int, frames: int) -> Tensor:
-    """t of every frame, [B, T]: one a block, of which the first few are a clip's history."""
-    blocks = torch.tensor(split_blocks(frames, BLOCK))
-    sigma = torch.randn(batch, len(blocks)).sigmoid()  # logit-normal, as Stable Diffusion 3
-    sigma = SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
-    history = HISTORY * torch.rand(sigma.shape) * (torch.rand(sigma.shape) < 0.5)
-    first = torch.randint(len(blocks), (batch, 1))  # the block that a stream would be at
-    past = torch.arange(len(blocks)) < first
-    return torch.where(past, history, sigma).repeat_interleave(blocks, 1)
-
-
 def flow_loss(transformer, clean: Tensor, states: Tensor, mask: Tensor) -> Tensor:
     """MSE to ε - x over the frames that have noise; clean [B, T, C, h, w]."""
     clean = clean.float().transpose(1, 2)
     noise = torch.randn_like(clean)
-    t = noise_levels(len(clean), clean.shape[2])
+    t = noise_levels(len(clean), split_blocks(clean.shape[2], BLOCK), SHIFT)
     s = t[:, None, :, None, None]
     v = transformer((1 - s) * clean + s * noise, 1000 * t, states, mask, return_dict=False)[0]
     error = (v.float() - (noise - clean)).square().mean((1, 3, 4))
     return error[t > 0].mean()
 
 
-@torch.no_grad()
-def sample(
-    transformer: LinGenTransformer3DModel,
-    scheduler: FlowMatchEulerDiscreteScheduler,
-    states: tuple[Tensor, Tensor],
-    shape: tuple[int, ...],
-    *,
-    blocks: int,
-    steps: int = 12,
-    guidance: float = 3.0,
-) -> Tensor:
-    """Latents [B, C, T, h, w], block by block; `states` are those of the prompts, then of none."""
-    past, found = StreamState(), []
-    for _ in range(blocks):
-        x = torch.randn(shape)
-        scheduler.set_timesteps(steps)
-        with past.frozen():
-            for t in scheduler.timesteps:
-                v, none = transformer(x.repeat(2, 1, 1, 1, 1), t, *states, past).sample.chunk(2)
-                x = scheduler.step(none + guidance * (v - none), t, x).prev_sample
-        transformer.commit(x.repeat(2, 1, 1, 1, 1), *states, state=past)
-        found.append(x)
-    return torch.cat(found, 2)
-
-
-@torch.no_grad()
-def preview(parts: dict, size: int, blocks: int, file: Path) -> None:
+def preview(pipe: LinGenPipeline, frames: int, file: Path) -> None:
     """A row for each of PROMPTS, every second frame, always from the same noise."""
-    torch.manual_seed(0)
-    states = tokens(parts["tokenizer"], parts["text_encoder"], PROMPTS + [""] * len(PROMPTS))
-    shape = (len(PROMPTS), 4, BLOCK, size // 8, size // 8)
-    transformer, vae = parts["transformer"], parts["vae"]
-    latents = sample(transformer, parts["scheduler"], states, shape, blocks=blocks)
-    shown = latents[:, :, ::2].transpose(1, 2)
-    pixels = vae.decode(shown.flatten(0, 1) / vae.config.scaling_factor).sample
-    arrays = ((pixels.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
-    loop.sheet([Image.fromarray(a) for a in arrays], shown.shape[1], size).save(file)
+    pipe.set_progress_bar_config(disable=True)
+    found = pipe(
+        PROMPTS,
+        num_frames=frames,
+        num_inference_steps=12,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pil",
+    ).frames
+    shown = [clip[::2] for clip in found]
+    images = [image for clip in shown for image in clip]
+    loop.sheet(images, len(shown[0]), images[0].height).save(file)
 
 
 def optimizers(
-    parts: dict, learning_rate: float
+    pipe: LinGenPipeline, learning_rate: float
 ) -> tuple[list[torch.nn.Parameter], list[torch.optim.Optimizer]]:
     """Muon for the matrices inside the blocks, AdamW for everything else."""
-    blocks = parts["transformer"].transformer_blocks
+    blocks = pipe.transformer.transformer_blocks
     matrices = [p for n, p in blocks.named_parameters() if p.ndim == 2 and "table" not in n]
     chosen = {id(p) for p in matrices}
-    params = [*parts["transformer"].parameters(), *parts["text_encoder"].parameters()]
+    params = [*pipe.transformer.parameters(), *pipe.text_encoder.parameters()]
     return params, [
         torch.optim.Muon(
             matrices, learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
@@ -206,19 +172,17 @@ def main() -> None:
     rng = random.Random(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     films, pictures = clips.animations(args.clips), data.pictures(args.data)
-    parts = {
-        "vae": AutoencoderKL.from_pretrained(args.init / "vae", dtype=torch.float32),
-        "text_encoder": CLIPTextModel.from_pretrained(
-            args.init / "text_encoder", dtype=torch.float32
-        ).train(),
-        "tokenizer": CLIPTokenizer.from_pretrained(args.init / "tokenizer"),
-        "transformer": build_transformer(args.size, args.mixer).train(),
-        "scheduler": FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-    }
-    latents = load_latents(args, parts["vae"], films)
+    encoder = CLIPTextModel.from_pretrained(args.init / "text_encoder", dtype=torch.float32)
+    pipe = LinGenPipeline(
+        tokenizer=CLIPTokenizer.from_pretrained(args.init / "tokenizer"),
+        text_encoder=encoder.train(),
+        vae=AutoencoderKL.from_pretrained(args.init / "vae", dtype=torch.float32),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        transformer=build_transformer(args.size, args.mixer).train(),
+    )
+    latents = load_latents(args, pipe.vae, films)
     torch.manual_seed(args.seed)  # encoding took some draws, or did not
-    transformer = parts["transformer"]
-    params, both = optimizers(parts, args.learning_rate)
+    params, both = optimizers(pipe, args.learning_rate)
     print(f"{sum(p.numel() for p in params):,} parameters, {len(films)} clips", flush=True)
 
     def stage(step: int) -> int:
@@ -240,17 +204,16 @@ def main() -> None:
         captions = [text.vary(films[i].captions, rng) for i in index]
         captions += [text.vary(pictures[i].captions, rng) for i in others]
         with torch.autocast("cpu", torch.bfloat16):
-            states, mask = tokens(parts["tokenizer"], parts["text_encoder"], captions)
+            states, mask = tokens(pipe.tokenizer, pipe.text_encoder, captions)
             n = len(index)
-            video = flow_loss(transformer, moving, states[:n], mask[:n])
-            still = flow_loss(transformer, latents["stills"][others][:, None], states[n:], mask[n:])
+            picked = latents["stills"][others][:, None]
+            video = flow_loss(pipe.transformer, moving, states[:n], mask[:n])
+            still = flow_loss(pipe.transformer, picked, states[n:], mask[n:])
         return {"loss": video + 0.5 * still, "video": video, "still": still}
 
-    draw = partial(preview, parts, args.size, max(args.frames) // BLOCK)
+    draw = partial(preview, pipe, max(args.frames))
     loop.run(args, params, both, len(films), losses, draw, rng=rng)
-    for name, part in parts.items():
-        part = part.half() if isinstance(part, torch.nn.Module) else part
-        part.save_pretrained(args.output / "pipeline" / name)
+    pipe.to(torch.float16).save_pretrained(args.output / "pipeline")
 
 
 if __name__ == "__main__":

@@ -189,7 +189,8 @@ def _check_size(pipe: Any, height: int, width: int, num_frames: int) -> None:
             raise ValueError(f"{name}: got {pixels!r}, expected a positive multiple of {step}")
     patch = config.patch_size[0]
     tokens = latent_frames(pipe.vae, num_frames, patch) // patch
-    if config.causal_blocks and tokens > config.pos_embed_size[0]:
+    counted = config.causal_blocks and config.get("time_positions", "video") == "video"
+    if counted and tokens > config.pos_embed_size[0]:
         most = (config.pos_embed_size[0] * patch - 1) * pipe.vae_scale_factor_temporal + 1
         raise ValueError(
             f"num_frames: got {num_frames}, the positions of this model (pos_embed_size) reach"

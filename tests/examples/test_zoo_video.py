@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from linfusion.models import LinGenTransformer3DModel
+from linfusion.pipelines.stock import load
 
 PICTURES = Path(__file__).parents[1] / "data" / "emoji"
 SCRIPTS = Path(__file__).parents[2] / "examples" / "zoo"
@@ -97,32 +96,16 @@ def test_a_stopped_training_goes_on_to_the_same_weights(video, flags, mixer, mon
         )
         assert all(torch.equal(whole[name], stopped[name]) for name in whole)
     sheet = Image.open(tmp_path / "whole" / "preview-2.png")
-    assert sheet.size == (64 * 8 // 2, 64)
+    assert sheet.size == (128 * 8 // 2, 128)
 
 
-def test_the_components_of_a_pipeline_are_left_behind(video, flags, monkeypatch, tmp_path):
+def test_what_is_left_behind_is_a_pipeline(video, flags, monkeypatch, tmp_path):
     run(video, monkeypatch, *flags, "--output", tmp_path)
-    folder = tmp_path / "pipeline"
-    transformer = LinGenTransformer3DModel.from_pretrained(folder / "transformer")
-    assert transformer.config.time_positions == "block"
-    assert FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler").config.shift == 2.0
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
-    assert encoder.config.vocab_size == len(tokenizer)
-    assert AutoencoderKL.from_pretrained(folder / "vae").config.latent_channels == 4
-
-
-def test_every_block_has_one_noise_level_and_the_history_little(video):
-    torch.manual_seed(0)
-    t = video.noise_levels(4000, 18)
-    blocks = t.split([6, 4, 4, 4], 1)  # the first takes the remainder
-    assert all((block == block[:, :1]).all() for block in blocks)
-    levels = torch.stack([block[:, 0] for block in blocks], 1)
-    assert ((levels >= 0) & (levels < 1)).all()
-    clean = (levels == 0).float().mean(0)
-    # a block is in the past of the drawn one with chance 3/4, 2/4, 1/4, 0, and half of those clean
-    torch.testing.assert_close(clean, torch.tensor([3, 2, 1, 0]) / 8, atol=0.03, rtol=0)
-    assert not (video.noise_levels(4000, 1) == 0).any()
+    pipe = load(str(tmp_path / "pipeline"), torch_dtype=torch.float32)
+    assert pipe.transformer.config.time_positions == "block"
+    assert pipe.scheduler.config.shift == 2.0
+    frames = pipe("pizza", num_frames=15, num_inference_steps=1).frames  # longer than the table
+    assert frames.shape == (1, 15, 128, 128, 3)
 
 
 def test_clean_frames_have_no_loss(video, monkeypatch):
@@ -130,30 +113,9 @@ def test_clean_frames_have_no_loss(video, monkeypatch):
         return (torch.where(t[:, None, :, None, None] > 0, 0.0, torch.nan).expand_as(x),)
 
     levels = torch.tensor([[0.0] * 4 + [0.5] * 4])
-    monkeypatch.setattr(video, "noise_levels", lambda batch, frames: levels)
+    monkeypatch.setattr(video, "noise_levels", lambda batch, blocks, shift: levels)
     loss = video.flow_loss(transformer, torch.zeros(1, 8, 4, 8, 8), None, None)
     assert 0.8 < loss < 1.2  # the noise alone
-
-
-@torch.no_grad()
-def test_sampling_goes_on_from_the_blocks_before(video):
-    torch.manual_seed(0)
-    model, scheduler = small(), FlowMatchEulerDiscreteScheduler(shift=2.0)
-    for parameter in model.parameters():
-        parameter += 0.1 * torch.randn_like(parameter)
-    states = torch.randn(2, 5, 128), torch.ones(2, 5)
-
-    def sampled(blocks, seed=0):
-        torch.manual_seed(seed)
-        return video.sample(model, scheduler, states, (1, 4, 4, 8, 8), blocks=blocks, steps=2)
-
-    two = sampled(2)
-    assert two.shape == (1, 4, 8, 8, 8)
-    assert torch.equal(two[:, :, :4], sampled(1))
-    torch.manual_seed(0)
-    torch.randn(1, 4, 4, 8, 8)
-    alone = video.sample(model, scheduler, states, (1, 4, 4, 8, 8), blocks=1, steps=2)
-    assert (alone - two[:, :, 4:]).abs().max() > 1e-2
 
 
 def test_a_size_without_whole_tokens_is_refused(video, monkeypatch, capsys):
