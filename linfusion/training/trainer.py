@@ -1,6 +1,7 @@
 """Distil the linear student of a pipeline from its softmax teacher.
 
-After Liu et al. 2024 (LinFusion), and for FLUX and Stable Diffusion 3 Liu et al. 2024 (CLEAR).
+After Liu et al. 2024 (LinFusion), and for FLUX and Stable Diffusion 3 Liu et al. 2024 (CLEAR). A
+LinGen transformer is trained without a teacher.
 
 Everything random in a step is drawn from a generator seeded by (seed, process, number of the
 micro-step), and the order of the data is a function of the seed: a run that was killed continues
@@ -28,6 +29,7 @@ from tqdm.auto import tqdm
 import linfusion
 from linfusion import zoo
 from linfusion.layers import MARKER, candidates, select
+from linfusion.pipelines.stock import load
 from linfusion.training.cache import TrainingSet, plan_sizes
 from linfusion.training.checkpoints import (
     checkpoint_to_resume,
@@ -46,13 +48,15 @@ from linfusion.training.data import (
     read_prompts,
     webdataset_shards,
 )
+from linfusion.training.films import Film, FilmSet, check_films, film_folder
 from linfusion.training.grids import side_by_side
 from linfusion.training.objective import Distillation
 from linfusion.training.teachers import FlowTeacher, NoiseTeacher, Teacher
 from linfusion.training.variance import ClassTeacher, PixArtTeacher, VarianceTeacher
+from linfusion.training.video import FromData, LinGenHost
 from linfusion.training.whole import WholeStudent
 
-Pair = Distillation | WholeStudent
+Pair = Distillation | WholeStudent | FromData
 FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -83,10 +87,10 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
         )
         # The frozen weights of our own copy need no fp32; the VAE does, SDXL's overflows in fp16.
         for name in ("unet", "transformer"):
-            if getattr(pipe, name, None) is not None:
+            if getattr(pipe, name, None) is not None and config.method != "lingen":
                 getattr(pipe, name).to(FROZEN_DTYPES[config.mixed_precision])
     teacher = teacher_of(pipe, config)
-    _check_student(config, teacher)
+    _check_student(config, teacher, examples)
 
     out = writable_folder("output_dir", config.output_dir)
     writable_folder("cache_dir", config.cache_path)
@@ -99,7 +103,8 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
 
         pipe.to(accelerator.device)
         with accelerator.main_process_first():
-            data = TrainingSet(config, teacher, examples, processes=accelerator.num_processes)
+            kind: Any = FilmSet if isinstance(teacher, LinGenHost) else TrainingSet
+            data = kind(config, teacher, examples, processes=accelerator.num_processes)
         if not config.validation_steps:  # nothing is encoded or decoded from here on
             for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
                 if getattr(pipe, name, None) is not None and accelerator.device.type != "cpu":
@@ -143,15 +148,18 @@ def _accelerator(config: TrainConfig, out: Path) -> Iterator[Accelerator]:
 
 def load_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
     """A pipeline from a folder, the hub or the zoo ("zoo:emoji")."""
-    return DiffusionPipeline.from_pretrained(zoo.resolve(name), **kwargs)
+    pipe: DiffusionPipeline = load(zoo.resolve(name), **kwargs)
+    return pipe
 
 
-def load_examples(config: TrainConfig) -> list[Example] | None:
+def load_examples(config: TrainConfig) -> list[Example] | list[Film] | None:
     """Pictures and captions of the configured source; None if the teacher is to draw them.
 
     Raises:
-        ValueError, ImportError: as the sources in `linfusion.training.data`.
+        ValueError, ImportError: as the sources in `linfusion.training.data`, and `film_folder`.
     """
+    if config.method == "lingen":
+        return film_folder(config)
     if config.train_data_dir is not None:
         return image_folder(
             config.train_data_dir,
@@ -180,6 +188,13 @@ def teacher_of(pipe: DiffusionPipeline, config: TrainConfig) -> Teacher:
     Raises:
         ValueError: none that is known.
     """
+    if (type(pipe).__name__ == "LinGenPipeline") != (config.method == "lingen"):
+        raise ValueError(
+            f"method: got {config.method!r} for a {type(pipe).__name__}; 'lingen' is for a"
+            " LinGenPipeline, and it alone"
+        )
+    if config.method == "lingen":
+        return LinGenHost(pipe)
     if getattr(pipe, "unet", None) is not None:
         return NoiseTeacher(pipe)
     kinds = {kind.__name__ for kind in type(getattr(pipe, "transformer", None)).__mro__}
@@ -195,8 +210,11 @@ def teacher_of(pipe: DiffusionPipeline, config: TrainConfig) -> Teacher:
     )
 
 
-def _check_student(config: TrainConfig, teacher: Teacher) -> None:
+def _check_student(config: TrainConfig, teacher: Teacher, examples: Any) -> None:
     """Refuse what this pipeline cannot do now, not after hours of filling the cache."""
+    if isinstance(teacher, LinGenHost):
+        check_films(config, teacher, examples)
+        return
     levels = plan_sizes(config, teacher.multiple)
     oblong = [f"{h}x{w}" for level in levels for h, w in level if h != w]
     if oblong and teacher.squares_only:
@@ -219,6 +237,8 @@ def _check_student(config: TrainConfig, teacher: Teacher) -> None:
 
 def _pair(config: TrainConfig, teacher: Teacher) -> Pair:
     """Student and teacher of a run, as their method wants them."""
+    if isinstance(teacher, LinGenHost):
+        return FromData(teacher, weights=config.weights)
     if isinstance(teacher, VarianceTeacher):
         other = None
         if config.teacher_model_name_or_path is not None:
@@ -253,7 +273,7 @@ def _train(
     accelerator: Accelerator,
     teacher: Teacher,
     pair: Pair,
-    data: TrainingSet,
+    data: TrainingSet | FilmSet,
     resume: Path | None,
 ) -> None:
     names, parameters = zip(*pair.trained().items(), strict=True)
@@ -334,7 +354,7 @@ def _losses(
     teacher: Teacher,
     pair: Pair,
     student: torch.nn.Module,
-    data: TrainingSet,
+    data: TrainingSet | FilmSet,
     micro: int,
 ) -> dict[str, Tensor]:
     """The losses of micro-step number `micro`, which depend on its number and the weights alone."""
@@ -357,6 +377,10 @@ def _moved(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
             moved[name] = _moved(value, device, dtype)
         elif value is None:
             moved[name] = None
+        elif isinstance(value, list):
+            moved[name] = list(
+                _moved({f"{name}_{i}": x for i, x in enumerate(value)}, device, dtype).values()
+            )
         else:
             exact = name.endswith(("_ids", "timestep")) or not value.is_floating_point()
             moved[name] = value.to(device, None if exact else dtype)
