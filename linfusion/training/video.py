@@ -67,7 +67,7 @@ class LinGenHost(Teacher):
             list(captions), do_classifier_free_guidance=False
         )
         pairs = [(states, mask)] if isinstance(states, Tensor) else zip(states, mask, strict=True)
-        found = {}
+        found: Batch = {}
         for i, (text, there) in enumerate(pairs):
             found |= {f"states_{i}": text, f"mask_{i}": there}
         return found
