@@ -18,6 +18,8 @@ from benchmarks.lit import core as lit_core
 from benchmarks.measure import HEADER, Row, keep, line, machine
 from benchmarks.ssd import mamba2
 from benchmarks.unet import SIZES, unet
+from benchmarks.video import block, growth, stream
+from benchmarks.video import step as video_step
 from benchmarks.window import flex, softmax
 from benchmarks.window import scaling as window_scaling
 
@@ -31,6 +33,7 @@ BENCHMARKS = {
     "window": (flex, softmax, window_scaling),
     "flux": (flux,),
     "ssd": (mamba2,),
+    "video": (growth, video_step, block, stream),
 }
 
 

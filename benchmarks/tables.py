@@ -94,6 +94,7 @@ def measured(rows: list[dict[str, str]], where: str) -> str:
     side = value("step", "bounded", 2048, "bfloat16", "speedup")
     parts.append(f"In turns at 2,048 px the step in bands is {side} as fast as the plain one.")
     parts += _window(found)
+    parts += _video(found)
     return "\n\n".join(parts)
 
 
@@ -127,6 +128,40 @@ def _window(found: dict[tuple[str, str, int, str], dict[str, str]]) -> list[str]
         gains = [f"{float(rows[1][c]):.2f}×" if rows[1] else "–" for c in RATIOS]
         table.append([f"{pixels:,}", *seconds, *gains])
     parts.append(_markdown(table))
+    return parts
+
+
+def _video(found: dict[tuple[str, str, int, str], dict[str, str]]) -> list[str]:
+    """The scan, the growth of a video step, its softmax twin, and the memory of a stream."""
+
+    def cells(kernel: str, provider: str, size: int, *columns: str) -> list[str]:
+        row = found.get((kernel, provider, size, "float32"))
+        return [f"{float(row[column]):.2f}×" if row else "–" for column in columns]
+
+    table = [["chunk and groups", "speed", "memory"]]
+    for kernel, name in (("256/8", "256, 8"), ("64/1", "64, 1"), ("64/8", "64, 8")):
+        table.append([name, *cells(f"ssd {kernel}", "blocked", 8192, *RATIOS)])
+    parts = [
+        "Mamba-2's scan, forward and backward, 8,192 tokens, against `transformers`' chunked scan"
+        " with the same chunks; 256 and 8 are its defaults:",
+        _markdown(table),
+        "One step of the zoo's video transformer (random weights, 64 tokens a frame, float32): the"
+        " time of a frame against that in 64 frames, and the step, of a whole clip and of one block"
+        " of a stream after as many frames, against its twin of full softmax attention:",
+    ]
+    table = [["latent frames", "a frame", "whole clip", "block"]]
+    for frames in (64, 128, 256, 512, 1024):
+        row = found.get(("video frame", "mate", frames, "float32"))
+        gain = cells("video step", "mate", frames, "speedup")
+        after = cells("video block", "mate", min(frames, 1020), "speedup")
+        cost = f"{1 / float(row['speedup']):.2f}×" if row else "–"
+        table.append([f"{frames:,}", cost, *gain, *after])
+    parts.append(_markdown(table))
+    ratios = (cells("stream", mixer, 40, "memory_ratio")[0] for mixer in ("mate", "softmax"))
+    parts.append(
+        "Memory of a stream of 40 blocks over that of one of 4, weights and output left out: {} for"
+        " the model, {} for its twin.".format(*ratios)
+    )
     return parts
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from linfusion.linearize import linearize, restore
     from linfusion.models import LinGenTransformer3DModel, StreamState
     from linfusion.pipelines.highres import HighResPipeline
+    from linfusion.pipelines.lingen import LinGenPipeline
     from linfusion.summary import summary
     from linfusion.weights import LinFusion
 
@@ -35,6 +36,7 @@ _HOME = {
     "HighResPipeline": "linfusion.pipelines.highres",
     "LinFusion": "linfusion.weights",
     "LinFusionProcessor": "linfusion.attention.linfusion",
+    "LinGenPipeline": "linfusion.pipelines.lingen",
     "LinGenTransformer3DModel": "linfusion.models",
     "LiTProcessor": "linfusion.attention.lit",
     "MATE": "linfusion.attention.mate",
@@ -61,6 +63,7 @@ __all__ = [
     "LiTProcessor",
     "LinFusion",
     "LinFusionProcessor",
+    "LinGenPipeline",
     "LinGenTransformer3DModel",
     "MATEProcessor",
     "Mamba2",

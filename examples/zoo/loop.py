@@ -77,7 +77,7 @@ def run(
     params: list[torch.nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
     examples: int,
-    losses: Callable[[list[int]], dict[str, torch.Tensor]],
+    losses: Callable[[list[int], int], dict[str, torch.Tensor]],
     preview: Callable[[Path], None],
     *,
     warmup: int = 200,
@@ -90,7 +90,8 @@ def run(
         params: what is trained.
         optimizers: of them, all at one learning rate.
         examples: how many there are; each is taken once a pass.
-        losses: of the examples of a batch; "loss" is what is minimised, the others are logged.
+        losses: of the examples of a batch, at a step; "loss" is what is minimised, the others are
+            logged.
         preview: draws into a file, from the averaged parameters.
         warmup: steps to the full learning rate.
         rng: of the script, kept in checkpoints.
@@ -118,7 +119,7 @@ def run(
         if len(order) < args.batch_size:
             order += torch.randperm(examples).tolist()
         index, order = order[: args.batch_size], order[args.batch_size :]
-        found = losses(index)
+        found = losses(index, step)
         found["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         for optimizer in optimizers:

@@ -114,10 +114,10 @@ def objective(
     classes: torch.Tensor,
     scheduler: DDPMScheduler,
     teacher: Callable[..., Any] | None = None,
-) -> Callable[[list[int]], dict[str, torch.Tensor]]:
+) -> Callable[[list[int], int], dict[str, torch.Tensor]]:
     """Losses of a batch of examples by their numbers; with a teacher, LiT's of distillation too."""
 
-    def losses(index: list[int]) -> dict[str, torch.Tensor]:
+    def losses(index: list[int], _: int) -> dict[str, torch.Tensor]:
         clean = latents[index]
         noise = torch.randn_like(clean)
         t = torch.randint(0, scheduler.config.num_train_timesteps, (len(index),))

@@ -198,7 +198,7 @@ def main() -> None:
     transformer = torch.compile(pipe.transformer, dynamic=False)
     params, both = optimizers(pipe, args.learning_rate)
 
-    def losses(index: list[int]) -> dict[str, torch.Tensor]:
+    def losses(index: list[int], _: int) -> dict[str, torch.Tensor]:
         captions = [text.vary(items[i].captions, rng) for i in index]
         clean = latents[index]
         noise = torch.randn_like(clean)

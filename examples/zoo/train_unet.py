@@ -137,7 +137,7 @@ def main() -> None:
         params, args.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, foreach=True
     )
 
-    def losses(index: list[int]) -> dict[str, torch.Tensor]:
+    def losses(index: list[int], _: int) -> dict[str, torch.Tensor]:
         captions = [text.vary(items[i].captions, rng) for i in index]
         tokens = tokenizer(
             captions,

@@ -21,6 +21,7 @@ from linfusion.cli.info import info
 from linfusion.cli.summary import summary
 from linfusion.cli.train import train
 from linfusion.cli.upscale import upscale
+from linfusion.cli.video import video
 
 app = typer.Typer(
     name="linfusion",
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich's help cuts off the names of long flags
     pretty_exceptions_enable=False,
 )
-for command in (generate, upscale, info, summary, convert, bench):
+for command in (generate, upscale, video, info, summary, convert, bench):
     app.command()(command)
 app.command("eval")(evaluate)
 # Training flags have underscores, as in diffusers; --learning-rate is taken for --learning_rate.

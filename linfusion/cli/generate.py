@@ -123,6 +123,8 @@ def generate(
             device_map=device_map,
             cpu_offload=cpu_offload,
         )
+        if type(pipe).__name__ == "LinGenPipeline":
+            raise ValueError(f"model: {model} draws videos; use linfusion video")
         of_classes = hasattr(pipe, "labels")
         if of_classes != bool(classes):
             raise ValueError(

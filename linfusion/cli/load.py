@@ -148,7 +148,7 @@ def load_pipeline(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of the text encoder's tensors; that of the parts is enough
-    from diffusers import DiffusionPipeline
+    from linfusion.pipelines import stock
 
     device = device_map or default_device()
     check_device("device_map", device)
@@ -161,10 +161,7 @@ def load_pipeline(
         kwargs["device_map"] = parse_json_object("--device-map", device)
     elif not cpu_offload:
         kwargs["device_map"] = device
-    pipe = DiffusionPipeline.from_pretrained(check_model(model), **kwargs)
-    from linfusion.pipelines.dit import with_learned_variance
-
-    return with_learned_variance(pipe)
+    return stock.load(check_model(model), **kwargs)
 
 
 def find_weights(pipe: DiffusionPipeline, model: str, weights: str | None) -> str:

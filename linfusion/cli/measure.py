@@ -29,6 +29,11 @@ def measure(work: Callable[[], Any], device: str = "cpu") -> tuple[Any, float, i
     return result, seconds, None if before is None else max(0, _peak(device) - before)
 
 
+def peak_rss() -> int | None:
+    """Most bytes of memory that this process has held so far; None where that is not Linux."""
+    return _status("VmHWM") if sys.platform.startswith("linux") else None
+
+
 def human_bytes(count: float | None) -> str:
     """1_500_000 as "1.5 MB"; None as "-"."""
     if count is None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from linfusion.attention.mate import MATE, LayerState
 from linfusion.attention.rotary_major_scan import ORDERS
+from linfusion.models.softmax import SoftmaxAttention
 from linfusion.models.stream import StreamState, split_blocks
 
 
@@ -53,6 +54,12 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
         qk_norm: root-mean-square norm of queries and keys of every attention.
         causal_blocks: whether the video comes in blocks.
         block_frames: latent frames of a block; the first takes those left over.
+        time_positions: "video" counts frames from the first one, "block" from the first one of a
+            block, which needs `causal_blocks`: no frame of a stream then has a position that no
+            training clip had. The first block has rows of its own, 2 · block_frames - 1 in front of
+            the block_frames of every later one, and the order of blocks is known to the scan alone.
+        self_attention: "mate", or "softmax" over the whole video for comparison, whose time grows
+            with the square of the length and whose state with the length.
 
     Raises:
         ValueError: a value that is out of range; the message names it and what is accepted.
@@ -93,6 +100,8 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
         qk_norm: bool = True,
         causal_blocks: bool = False,
         block_frames: int = 8,
+        time_positions: str = "video",
+        self_attention: str = "mate",
     ) -> None:
         super().__init__()
         for name, sizes in (("patch_size", patch_size), ("pos_embed_size", pos_embed_size)):
@@ -106,12 +115,21 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
             )
         if causal_blocks and bidirectional == "hydra":
             raise ValueError("bidirectional: got 'hydra' with causal_blocks, expected 'flip_sum'")
+        for name, value, accepted in (
+            ("time_positions", time_positions, ("video", "block")),
+            ("self_attention", self_attention, ("mate", "softmax")),
+        ):
+            if value not in accepted:
+                raise ValueError(f"{name}: got {value!r}, expected one of {accepted}")
+        block = block_frames // patch_size[0] if time_positions == "block" else None
+        if block is not None and not causal_blocks:
+            raise ValueError("time_positions: got 'block' without causal_blocks, expected 'video'")
         out_channels = in_channels if out_channels is None else out_channels
         width = num_attention_heads * attention_head_dim
         volume = math.prod(patch_size)
 
         self.proj_in = nn.Linear(in_channels * volume, width)
-        self.pos_embed = Positions(width, pos_embed_size)
+        self.pos_embed = Positions(width, pos_embed_size, block)
         self.time_embed = AdaLayerNormSingle(width)
         self.text_proj = nn.ModuleList(nn.Linear(dim, width) for dim in text_dims)
         self.text_norm = nn.ModuleList(nn.RMSNorm(width, eps=1e-6) for _ in text_dims)
@@ -121,7 +139,9 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
                 num_attention_heads,
                 mlp_ratio,
                 qk_norm,
-                MATE(
+                SoftmaxAttention(width, num_attention_heads, qk_norm)
+                if self_attention == "softmax"
+                else MATE(
                     width,
                     num_attention_heads,
                     layer,
@@ -201,7 +221,7 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
             )
 
         x = self.proj_in(_patched(hidden_states, self.config.patch_size)).flatten(1, 3)
-        positions = self.pos_embed(grid, start, stretch=not causal).to(x.dtype)
+        positions = self.pos_embed(grid, start, stretch=not causal, blocks=blocks).to(x.dtype)
         modulation, embedded = self._timed(timestep, x, grid[0])
         text, mask = self._text(encoder_hidden_states, encoder_attention_mask, x)
 
@@ -314,10 +334,17 @@ class LinGenBlock(nn.Module):
         heads: of cross-attention.
         mlp_ratio: inner channels of the feed-forward layer, of C.
         qk_norm: of cross-attention.
-        mate: what mixes the tokens.
+        mate: what mixes the tokens; softmax attention may take its place.
     """
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, qk_norm: bool, mate: MATE) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        qk_norm: bool,
+        mate: MATE | SoftmaxAttention,
+    ) -> None:
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
@@ -394,37 +421,67 @@ class Positions(nn.Module):
     Args:
         width: C, at least 6.
         sizes: rows of the tables along (t, h, w).
+        block: frames of a block, where time is counted within it. None: from the first frame.
     """
 
-    def __init__(self, width: int, sizes: Sequence[int]) -> None:
+    def __init__(self, width: int, sizes: Sequence[int], block: int | None = None) -> None:
         super().__init__()
         if width < 6:
             raise ValueError(f"width: got {width}, expected at least 6 channels")
-        self.sizes = tuple(sizes)
+        if block is not None and sizes[0] < 3 * block - 1:
+            raise ValueError(
+                f"pos_embed_size: got {sizes[0]} rows in time, expected at least {3 * block - 1}"
+                f" for blocks of {block}"
+            )
+        self.sizes, self.block = tuple(sizes), block
         self.t, self.h, self.w = (
             nn.Parameter(_waves(size, width, axis)) for axis, size in enumerate(sizes)
         )
 
-    def forward(self, grid: tuple[int, int, int], start: int, stretch: bool) -> Tensor:
+    def forward(
+        self,
+        grid: tuple[int, int, int],
+        start: int,
+        stretch: bool,
+        blocks: Sequence[int] | None = None,
+    ) -> Tensor:
         """[1, T·H·W, C].
 
         Args:
             grid: (T, H, W).
             start: the first frame; 0 with `stretch`.
             stretch: whether the table is interpolated to a longer clip, or that is refused.
+            blocks: frames of each block, where time is counted within them.
 
         Raises:
-            ValueError: the clip is refused.
+            ValueError: the clip or a block is refused.
         """
         frames, height, width = grid
         end = start + frames
-        if end > len(self.t) and not stretch:
+        if self.block is not None and blocks is not None:
+            t = self.t[self._places(start, blocks, self.block)]
+        elif end > len(self.t) and not stretch:
             raise ValueError(
                 f"pos_embed_size: the model knows {len(self.t)} frames of tokens, got frame {end}"
             )
-        t = _resized(self.t, frames) if end > len(self.t) else self.t[start:end]
+        else:
+            t = _resized(self.t, frames) if end > len(self.t) else self.t[start:end]
         h, w = _resized(self.h, height), _resized(self.w, width)
         return (t[:, None, None] + h[:, None] + w).flatten(0, 2)[None]
+
+    def _places(self, start: int, blocks: Sequence[int], block: int) -> list[int]:
+        """A row for each frame: the first block from the front, later ones among the last rows."""
+        rows: list[int] = []
+        for frames in blocks:
+            first = start == 0 and not rows
+            room = 2 * block - 1 if first else block
+            if frames > room:
+                raise ValueError(
+                    f"hidden_states: got {frames} frames of tokens in "
+                    f"{'the first' if first else 'a later'} block, expected at most {room}"
+                )
+            rows += range(frames) if first else range(len(self.t) - block, len(self.t))[:frames]
+        return rows
 
 
 def _resized(table: Tensor, size: int) -> Tensor:

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from linfusion.pipelines.dit import DiTPipeline
     from linfusion.pipelines.highres import HighResPipeline
+    from linfusion.pipelines.lingen import LinGenPipeline
 
 _HOME = {
     "DiTPipeline": "linfusion.pipelines.dit",
     "HighResPipeline": "linfusion.pipelines.highres",
+    "LinGenPipeline": "linfusion.pipelines.lingen",
 }
 
-__all__ = ["DiTPipeline", "HighResPipeline"]
+__all__ = ["DiTPipeline", "HighResPipeline", "LinGenPipeline"]
 
 
 def __getattr__(name: str) -> Any:

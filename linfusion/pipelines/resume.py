@@ -86,28 +86,28 @@ class State:
 
     def finished(self, stage: int) -> tuple[Tensor, Tensor] | None:
         """Latents of a stage and the generator's state behind it, if it was finished."""
-        found = self._read(f"stage-{stage:02}")
+        found = self.read(f"stage-{stage:02}")
         return None if found is None else (found[0]["latents"], found[0]["generator"])
 
     def finish(self, stage: int, latents: Tensor, generator: torch.Generator) -> None:
         """Keep the latents of a finished stage."""
         tensors = {"latents": latents, "generator": generator.get_state()}
-        self._save(f"stage-{stage:02}", tensors, {})
+        self.save(f"stage-{stage:02}", tensors, {})
         if self.folder is not None:
             (self.folder / "step.safetensors").unlink(missing_ok=True)
 
     def start(self, stage: int) -> Tensor | None:
         """The latents that a stage starts from, if they are there."""
-        found = self._read(f"start-{stage:02}")
+        found = self.read(f"start-{stage:02}")
         return None if found is None else found[0]["latents"]
 
     def begin(self, stage: int, latents: Tensor) -> None:
         """Keep the latents that a stage starts from."""
-        self._save(f"start-{stage:02}", {"latents": latents}, {})
+        self.save(f"start-{stage:02}", {"latents": latents}, {})
 
     def step(self, stage: int) -> Step | None:
         """What the last step of this stage left, if there was one."""
-        found = self._read("step")
+        found = self.read("step")
         if found is None or found[1]["stage"] != stage:
             return None
         tensors, about = found
@@ -116,7 +116,7 @@ class State:
             about["number"],
             tensors["latents"],
             tensors["generator"],
-            _unpack(about["scheduler"], tensors),
+            unpack(about["scheduler"], tensors),
         )
 
     def save_step(
@@ -127,9 +127,10 @@ class State:
             return
         tensors = {"latents": latents, "generator": generator.get_state()}
         packed = pack(scheduler, tensors)
-        self._save("step", tensors, {"stage": stage, "number": number, "scheduler": packed})
+        self.save("step", tensors, {"stage": stage, "number": number, "scheduler": packed})
 
-    def _save(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def save(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Keep tensors, and what JSON holds about them, under a name."""
         if self.folder is None:
             return
         # Clones: safetensors refuses tensors that share memory, as schedulers' do.
@@ -137,12 +138,18 @@ class State:
         data = safetensors.torch.save(plain, {"about": json.dumps(about)})
         _write(self.folder / f"{name}.safetensors", data)
 
-    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What is kept under a name, if anything is."""
         if self.folder is None or not (file := self.folder / f"{name}.safetensors").is_file():
             return None
-        with safetensors.safe_open(file, "pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            return tensors, json.loads(opened.metadata()["about"])
+        try:
+            with safetensors.safe_open(file, "pt") as opened:
+                # Clones: sums differ in the last bit where memory is not aligned, as in a file.
+                names = opened.keys()
+                tensors = {name: opened.get_tensor(name).clone() for name in names}
+                return tensors, json.loads(opened.metadata()["about"])
+        except (safetensors.SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"state: {file} is not a file of a run ({error})") from error
 
 
 class Replay:
@@ -197,31 +204,32 @@ def pack(scheduler: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: it holds something else, such as a random source of its own.
     """
-
-    def put(value: Any, name: str) -> Any:
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        if isinstance(value, Tensor):
-            tensors[name] = value
-            return {"tensor": name, "device": str(value.device)}
-        if isinstance(value, (np.ndarray, np.generic)):
-            tensors[name] = torch.from_numpy(np.array(value))
-            return {"array": name}
-        if isinstance(value, (list, tuple)):
-            items = [put(v, f"{name}.{i}") for i, v in enumerate(value)]
-            return {"list" if isinstance(value, list) else "tuple": items}
-        if isinstance(value, dict) and all(isinstance(k, str) for k in value):
-            return {"dict": {k: put(v, f"{name}.{k}") for k, v in value.items()}}
-        raise ValueError(
-            f"state: {type(scheduler).__name__} keeps a {type(value).__name__} in"
-            f" {name.partition('.')[2]}, which cannot be saved; accepted are schedulers that draw"
-            " from the pipeline's generator alone"
-        )
-
-    if hasattr(scheduler, "noise_sampler"):  # it is made at the first step
-        put(object(), "scheduler.noise_sampler")
     kept = {k: v for k, v in scheduler.__dict__.items() if k != "_internal_dict"}
-    return {k: put(v, f"scheduler.{k}") for k, v in kept.items()}
+    if hasattr(scheduler, "noise_sampler"):  # it is made at the first step
+        kept["noise_sampler"] = object()
+    try:
+        return pack_values(kept, tensors, "scheduler")
+    except TypeError as error:
+        raise ValueError(
+            f"state: {type(scheduler).__name__} keeps a {error}, which cannot be saved; accepted"
+            " are schedulers that draw from the pipeline's generator alone"
+        ) from error
+
+
+def pack_values(values: dict[str, Any], tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    """Nested values as JSON values; their tensors are put into `tensors`, named from `prefix` on.
+
+    Raises:
+        TypeError: there is something else among them; the message is its class and its name.
+    """
+    return {k: _packed(v, f"{prefix}.{k}", tensors) for k, v in values.items()}
+
+
+def unpack(
+    packed: dict[str, Any], tensors: dict[str, Tensor], device: Any = None
+) -> dict[str, Any]:
+    """What `pack` or `pack_values` packed, on the device it was on or another."""
+    return {k: _unpacked(v, tensors, device) for k, v in packed.items()}
 
 
 def seed_of(folder: str | Path | None) -> int | None:
@@ -232,22 +240,37 @@ def seed_of(folder: str | Path | None) -> int | None:
     return json.loads(file.read_text("utf-8")).get("seed")
 
 
-def _unpack(packed: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    def get(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        if "tensor" in value:
-            return tensors[value["tensor"]].to(value["device"])
-        if "array" in value:
-            array = tensors[value["array"]].numpy()
-            return array if array.ndim else array[()]
-        if "dict" in value:
-            return {k: get(v) for k, v in value["dict"].items()}
-        if "list" in value:
-            return [get(v) for v in value["list"]]
-        return tuple(get(v) for v in value["tuple"])
+# Not closures: such refer to themselves, and keep what they saw until garbage is collected.
+def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name, "device": str(value.device)}
+    if isinstance(value, (np.ndarray, np.generic)):
+        tensors[name] = torch.from_numpy(np.array(value))
+        return {"array": name}
+    if isinstance(value, (list, tuple)):
+        items = [_packed(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": items}
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {"dict": {k: _packed(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+    raise TypeError(f"{type(value).__name__} in {name.partition('.')[2]}")
 
-    return {k: get(v) for k, v in packed.items()}
+
+def _unpacked(value: Any, tensors: dict[str, Tensor], device: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]].to(device or value["device"])
+    if "array" in value:
+        array = tensors[value["array"]].numpy()
+        return array if array.ndim else array[()]
+    if "dict" in value:
+        return {k: _unpacked(v, tensors, device) for k, v in value["dict"].items()}
+    if "list" in value:
+        return [_unpacked(v, tensors, device) for v in value["list"]]
+    return tuple(_unpacked(v, tensors, device) for v in value["tuple"])
 
 
 def _refuse_other(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -202,7 +202,7 @@ class _Mp4:
     """A fragment a second, each written out as soon as it is encoded."""
 
     def __init__(self, path: Path, rate: Fraction, width: int, height: int, codec: str) -> None:
-        self.av = _pyav()
+        self.av = pyav()
         _check_codec(self.av, codec)
         self.odd = (height % 2, width % 2)
         if any(self.odd):
@@ -314,7 +314,7 @@ class _Animation:
         self.pictures.clear()
 
 
-def _pyav() -> ModuleType:
+def pyav() -> ModuleType:
     try:
         import av
     except ImportError as error:

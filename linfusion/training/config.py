@@ -16,6 +16,7 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "clear": ("radius", "down_factor"),
     "lit": ("heads", "conv"),
     "mate": ("window", "branch_mix"),
+    "lingen": ("clip_schedule", "clip_stride", "proportion_stills"),
 }
 _RECIPES = Path(__file__).parent / "recipes"
 _OF_LIT = (*METHOD_OPTIONS["lit"], "teacher_model_name_or_path", "kd_variance_weight")
@@ -34,6 +35,8 @@ class TrainConfig:
         revision, variant: passed to `from_pretrained`.
         method: of `linfusion.linearize`: "linfusion" for UNets, "clear" for FLUX and Stable
             Diffusion 3, "lit" for DiT and PixArt, "mate" for Wan, SANA-Video and CogVideoX.
+            "lingen" trains the whole transformer of a LinGenPipeline on clips and pictures,
+            without a teacher.
         weights: student weights to start from; None starts from the teacher's own.
         train_projections: also train to_q, to_k, to_v, to_out of each replaced layer.
         projection_rank: what each projection learns is kept a difference of this rank to the
@@ -53,6 +56,11 @@ class TrainConfig:
             that the student starts from.
         kd_variance_weight: of "lit": weight of the teacher's variance head; None is 0.
         log_variance: of "lit": compare log σ² instead of the raw head.
+        clip_schedule: of "lingen": "steps,frames,size;..." one after the other; `max_train_steps`
+            is their sum unless given, and the last one goes on.
+        clip_stride: of "lingen": every so many frames of a file are one of a clip; None is 1.
+        proportion_stills: of "lingen": share of batches that are single frames, of the pictures in
+            the folder or, where there are none, of the clips; None is 0.25.
         train_data_dir: image folder; captions in metadata.jsonl, metadata.csv or a .txt beside. Of
             "mate": folder of clips, safetensors with "latents" [C, T, h, w] as the denoiser takes
             them, each with its caption in a .txt beside; `encode_clips` writes such.
@@ -114,6 +122,9 @@ class TrainConfig:
     teacher_model_name_or_path: str | None = None
     kd_variance_weight: float | None = None
     log_variance: bool = False
+    clip_schedule: str | None = None
+    clip_stride: int | None = None
+    proportion_stills: float | None = None
 
     train_data_dir: str | None = None
     dataset_name: str | None = None
@@ -191,6 +202,7 @@ class TrainConfig:
         self._check_choices()
         self._check_numbers()
         self._check_source()
+        self._check_clips()
 
     def _check_choices(self) -> None:
         from diffusers.optimization import SchedulerType
@@ -224,7 +236,7 @@ class TrainConfig:
         at_least = dict.fromkeys(
             ("resolution", "train_batch_size", "num_train_epochs", "gradient_accumulation_steps",
              "vae_encode_batch_size", "teacher_steps", "logging_steps", "max_train_steps",
-             "max_train_samples", "num_teacher_images", "checkpoints_total_limit",
+             "max_train_samples", "num_teacher_images", "checkpoints_total_limit", "clip_stride",
              "projection_rank"),
             1,
         ) | dict.fromkeys(
@@ -266,6 +278,31 @@ class TrainConfig:
                     )
         if self.validation_steps and not self.validation_prompts:
             raise ValueError("validation_prompts: none given, but validation_steps is on")
+
+    def _check_clips(self) -> None:
+        """Of "lingen": what it needs, and what it has no use for; then how long it runs."""
+        if self.method != "lingen":
+            return
+        schedule = self.clip_schedule or ""
+        if (
+            re.fullmatch(r"([1-9]\d*,[1-9]\d*,[1-9]\d*;)*[1-9]\d*,[1-9]\d*,[1-9]\d*", schedule)
+            is None
+        ):
+            raise ValueError(
+                f"clip_schedule: got {self.clip_schedule!r}, accepted is steps,frames,size;..."
+            )
+        if not 0 <= (self.proportion_stills or 0) <= 1:
+            raise ValueError(f"proportion_stills: got {self.proportion_stills}, accepted is 0 to 1")
+        if self.train_data_dir is None:
+            raise ValueError("train_data_dir: missing, but 'lingen' learns from a folder alone")
+        for name in ("validation_steps", "random_flip", "use_aspect_ratio_buckets"):
+            if getattr(self, name):
+                raise ValueError(f"{name}: given, but method 'lingen' does not do that")
+        if self.extra_resolutions:
+            raise ValueError("extra_resolutions: given, but sizes are in clip_schedule")
+        if self.max_train_steps is None:
+            stages = schedule.split(";")
+            self.max_train_steps = sum(int(stage.split(",")[0]) for stage in stages)
 
     @property
     def method_options(self) -> dict[str, Any]:

@@ -53,6 +53,34 @@ def image_folder(
     Raises:
         ValueError: no such folder, no pictures, or a picture without a caption or file.
     """
+    pairs = captioned_files(
+        folder,
+        IMAGE_SUFFIXES,
+        image_column=image_column,
+        caption_column=caption_column,
+        captions=captions,
+        argument=argument,
+    )
+    return [
+        Example(partial(Image.open, path), caption, digest(path.read_bytes()))
+        for path, caption in pairs
+    ]
+
+
+def captioned_files(
+    folder: str | Path,
+    suffixes: tuple[str, ...],
+    *,
+    image_column: str = "image",
+    caption_column: str = "text",
+    captions: bool = True,
+    argument: str = "train_data_dir",
+) -> list[tuple[Path, str]]:
+    """Files of some kinds and their captions, found as `image_folder` finds them.
+
+    Raises:
+        ValueError: as `image_folder`.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{argument}: there is no folder {folder}")
@@ -64,14 +92,11 @@ def image_folder(
             for pair in _metadata_pairs(m, image_column, caption_column, argument)
         ]
     else:
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
         pairs = [(p, caption_beside(p, argument) if captions else "") for p in paths]
     if not pairs:
-        raise ValueError(f"{argument}: no pictures ({', '.join(IMAGE_SUFFIXES)}) in {folder}")
-    return [
-        Example(partial(Image.open, path), caption, digest(path.read_bytes()))
-        for path, caption in pairs
-    ]
+        raise ValueError(f"{argument}: no pictures ({', '.join(suffixes)}) in {folder}")
+    return pairs
 
 
 def datasets_set(

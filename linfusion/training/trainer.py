@@ -1,7 +1,8 @@
 """Distil the linear student of a pipeline from its softmax teacher.
 
 After Liu et al. 2024 (LinFusion), and for FLUX and Stable Diffusion 3 Liu et al. 2024 (CLEAR); for
-video transformers with the hidden states of LinMU (Wang 2026).
+video transformers with the hidden states of LinMU (Wang 2026). A LinGen transformer is trained
+without a teacher.
 
 Everything random in a step is drawn from a generator seeded by (seed, process, number of the
 micro-step), and the order of the data is a function of the seed: a run that was killed continues
@@ -30,6 +31,7 @@ import linfusion
 from linfusion import zoo
 from linfusion.attention import volumes
 from linfusion.layers import MARKER, candidates, select
+from linfusion.pipelines.stock import load
 from linfusion.training.cache import TrainingSet, plan_sizes
 from linfusion.training.checkpoints import (
     checkpoint_to_resume,
@@ -49,13 +51,15 @@ from linfusion.training.data import (
     read_prompts,
     webdataset_shards,
 )
+from linfusion.training.films import Film, FilmSet, check_films, film_folder
 from linfusion.training.grids import side_by_side
 from linfusion.training.objective import Distillation
 from linfusion.training.teachers import FlowTeacher, NoiseTeacher, Teacher
 from linfusion.training.variance import ClassTeacher, PixArtTeacher, VarianceTeacher
+from linfusion.training.video import FromData, LinGenHost
 from linfusion.training.whole import WholeStudent
 
-Pair = Distillation | WholeStudent
+Pair = Distillation | WholeStudent | FromData
 CONSTRAINED_EVERY = 20  # steps
 FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -87,7 +91,7 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
         )
         # The frozen weights of our own copy need no fp32; the VAE does, SDXL's overflows in fp16.
         for name in ("unet", "transformer"):
-            if getattr(pipe, name, None) is not None:
+            if getattr(pipe, name, None) is not None and config.method != "lingen":
                 getattr(pipe, name).to(FROZEN_DTYPES[config.mixed_precision])
     teacher = teacher_of(pipe, config)
     _check_student(config, teacher, examples)
@@ -103,7 +107,11 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
 
         pipe.to(accelerator.device)
         with accelerator.main_process_first():
-            kind: Any = ClipSet if isinstance(teacher, VideoTeacher) else TrainingSet
+            kind: Any = TrainingSet
+            if isinstance(teacher, VideoTeacher):
+                kind = ClipSet
+            elif isinstance(teacher, LinGenHost):
+                kind = FilmSet
             data = kind(config, teacher, examples, processes=accelerator.num_processes)
         if not config.validation_steps:  # nothing is encoded or decoded from here on
             for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
@@ -148,15 +156,19 @@ def _accelerator(config: TrainConfig, out: Path) -> Iterator[Accelerator]:
 
 def load_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
     """A pipeline from a folder, the hub or the zoo ("zoo:emoji")."""
-    return DiffusionPipeline.from_pretrained(zoo.resolve(name), **kwargs)
+    pipe: DiffusionPipeline = load(zoo.resolve(name), **kwargs)
+    return pipe
 
 
-def load_examples(config: TrainConfig) -> list[Example] | list[Clip] | None:
+def load_examples(config: TrainConfig) -> list[Example] | list[Clip] | list[Film] | None:
     """Pictures and captions of the configured source; None if the teacher is to draw them.
 
     Raises:
-        ValueError, ImportError: as the sources in `linfusion.training.data`, and `clip_folder`.
+        ValueError, ImportError: as the sources in `linfusion.training.data`, `clip_folder` and
+            `film_folder`.
     """
+    if config.method == "lingen":
+        return film_folder(config)
     if config.method == "mate":
         assert config.train_data_dir is not None  # TrainConfig takes no other source
         return clip_folder(config.train_data_dir)
@@ -188,6 +200,13 @@ def teacher_of(pipe: DiffusionPipeline, config: TrainConfig) -> Teacher:
     Raises:
         ValueError: none that is known.
     """
+    if (type(pipe).__name__ == "LinGenPipeline") != (config.method == "lingen"):
+        raise ValueError(
+            f"method: got {config.method!r} for a {type(pipe).__name__}; 'lingen' is for a"
+            " LinGenPipeline, and it alone"
+        )
+    if config.method == "lingen":
+        return LinGenHost(pipe)
     if getattr(pipe, "unet", None) is not None:
         return NoiseTeacher(pipe)
     kinds = {kind.__name__ for kind in type(getattr(pipe, "transformer", None)).__mro__}
@@ -208,6 +227,9 @@ def teacher_of(pipe: DiffusionPipeline, config: TrainConfig) -> Teacher:
 
 def _check_student(config: TrainConfig, teacher: Teacher, examples: Any) -> None:
     """Refuse what this pipeline cannot do now, not after hours of filling the cache."""
+    if isinstance(teacher, LinGenHost):
+        check_films(config, teacher, examples)
+        return
     levels = [] if config.method == "mate" else plan_sizes(config, teacher.multiple)
     oblong = [f"{h}x{w}" for level in levels for h, w in level if h != w]
     if oblong and teacher.squares_only:
@@ -232,6 +254,8 @@ def _check_student(config: TrainConfig, teacher: Teacher, examples: Any) -> None
 
 def _pair(config: TrainConfig, teacher: Teacher) -> Pair:
     """Student and teacher of a run, as their method wants them."""
+    if isinstance(teacher, LinGenHost):
+        return FromData(teacher, weights=config.weights)
     if isinstance(teacher, VarianceTeacher):
         other = None
         if config.teacher_model_name_or_path is not None:
@@ -268,7 +292,7 @@ def _train(
     accelerator: Accelerator,
     teacher: Teacher,
     pair: Pair,
-    data: TrainingSet,
+    data: TrainingSet | FilmSet,
     resume: Path | None,
 ) -> None:
     names, parameters = zip(*pair.trained().items(), strict=True)
@@ -351,7 +375,7 @@ def _losses(
     teacher: Teacher,
     pair: Pair,
     student: torch.nn.Module,
-    data: TrainingSet,
+    data: TrainingSet | FilmSet,
     micro: int,
 ) -> dict[str, Tensor]:
     """The losses of micro-step number `micro`, which depend on its number and the weights alone."""
@@ -376,6 +400,10 @@ def _moved(inputs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> 
             moved[name] = None
         elif isinstance(value, tuple):  # a rotary table keeps its precision
             moved[name] = tuple(x.to(device) for x in value)
+        elif isinstance(value, list):
+            moved[name] = list(
+                _moved({f"{name}_{i}": x for i, x in enumerate(value)}, device, dtype).values()
+            )
         else:
             exact = name.endswith(("_ids", "timestep")) or not value.is_floating_point()
             moved[name] = value.to(device, None if exact else dtype)

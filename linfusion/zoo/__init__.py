@@ -65,10 +65,10 @@ def load(
         dtype: of the weights; None is float32.
 
     Returns:
-        A stock diffusers pipeline.
+        A stock diffusers pipeline, or a `LinGenPipeline`, which is linear itself.
 
     Raises:
-        ValueError: no such name; the message lists those there are.
+        ValueError: no such name; the message lists those there are. Or no such model of it.
     """
     folder = path(name)
     found, teacher = students(folder), folder / "teacher"
@@ -78,14 +78,16 @@ def load(
             f" {', '.join(found) or 'one that is the model itself'}"
         )
     import torch
-    from diffusers import DiffusionPipeline
 
     import linfusion
-    from linfusion.pipelines.dit import with_learned_variance
+    from linfusion.pipelines import stock
 
     dtype = dtype or torch.float32
-    pipe = with_learned_variance(DiffusionPipeline.from_pretrained(folder, dtype=dtype))
-    if linear:
+    pipe = stock.load(str(folder), dtype=dtype)
+    if isinstance(pipe, linfusion.LinGenPipeline):
+        if not linear:
+            raise ValueError(f"linear: got False, but {name} is linear itself and has no teacher")
+    elif linear:
         linfusion.linearize(pipe, weights=found[student or next(iter(found))] if found else None)
     elif teacher.is_dir():
         softmax = type(pipe.transformer).from_pretrained(teacher, torch_dtype=dtype)

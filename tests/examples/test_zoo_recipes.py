@@ -21,8 +21,8 @@ def script(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     with torch.compiler.set_stance("force_eager"):
         yield importlib.import_module
-    recipes = ("train_vae", "train_unet", "train_dit", "train_flux", "export", "ablate_dit")
-    for name in ("data", "text", "loop", "classes", *recipes):
+    recipes = ("train_vae", "train_unet", "train_dit", "train_flux", "train_video", "ablate_dit")
+    for name in ("data", "clips", "text", "loop", "classes", "export", *recipes):
         sys.modules.pop(name, None)
 
 

@@ -11,6 +11,8 @@ import linfusion
 from linfusion.models.lingen import LinGenBlock, LinGenTransformer3DModel
 from linfusion.models.stream import StreamState, split_blocks
 
+BLOCK_TIME = {"causal_blocks": True, "time_positions": "block", "pos_embed_size": (8, 5, 4)}
+
 
 def tiny(dtype=torch.float32, **options):
     """Four layers, every order of the scan, all weights random."""
@@ -331,6 +333,10 @@ def test_weights_may_be_stored_in_half_precision():
             "bidirectional: got 'hydra' with causal_blocks",
         ),
         ({"review_placement": "back"}, "review_placement: got 'back'"),
+        ({"time_positions": "frame"}, "time_positions: got 'frame', expected one of"),
+        ({"time_positions": "block"}, "time_positions: got 'block' without causal_blocks"),
+        (BLOCK_TIME | {"pos_embed_size": (7, 5, 4)}, "pos_embed_size: got 7 rows in time.* 8"),
+        ({"self_attention": "linear"}, "self_attention: got 'linear', expected one of"),
     ],
 )
 def test_a_bad_option_is_named(options, message):
@@ -363,6 +369,39 @@ def test_a_stream_longer_than_the_positions_is_refused_before_it_starts():
     model.commit(x, text, state=state)
     with pytest.raises(ValueError, match="pos_embed_size: the model knows 4 frames"):
         model.commit(x, text, state=state)
+    assert state.frames == 3
+
+
+@pytest.mark.parametrize("frames", [9, 11])
+@torch.no_grad()
+def test_time_within_a_block_streams_past_the_table(frames):
+    model = tiny(**BLOCK_TIME)
+    x, text = clip(frames)
+    parts, state = streamed(model, x, 700.0, text, split_blocks(frames, 3))
+    assert state.frames == frames > model.config.pos_embed_size[0]
+    torch.testing.assert_close(parts, model(x, 700.0, text).sample, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_time_within_a_block_is_the_same_in_every_later_one():
+    table = tiny(**BLOCK_TIME).pos_embed
+    t = table.t[[0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7]]
+    expected = (t[:, None, None] + table.h[:, None] + table.w).flatten(0, 2)[None]
+    assert torch.equal(table((11, 5, 4), 0, False, blocks=(5, 3, 3)), expected)
+    # the first block is told from the others, a short one begins as a long one does
+    assert (table.t[5:] - table.t[:3]).abs().amax(1).min() > 0.1
+    assert torch.equal(table((2, 5, 4), 600, False, (2,)), table((2, 5, 4), 3, False, (2,)))
+
+
+@torch.no_grad()
+def test_a_block_without_positions_is_refused_before_it_is_written():
+    model, state = tiny(**BLOCK_TIME), StreamState()
+    x, text = clip(frames=6)
+    with pytest.raises(ValueError, match=r"got 6 frames of tokens in the first block.* at most 5"):
+        model.commit(x, text, state=state)
+    model.commit(x[:, :, :3], text, state=state)
+    with pytest.raises(ValueError, match=r"got 4 frames of tokens in a later block.* at most 3"):
+        model.commit(x[:, :, :4], text, state=state)
     assert state.frames == 3
 
 
