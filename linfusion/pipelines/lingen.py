@@ -428,6 +428,7 @@ class LinGenPipeline(DiffusionPipeline):
         finally:
             self.maybe_free_model_hooks()
 
+    @torch.no_grad()
     def _clip(
         self,
         prompt: Any,

@@ -430,6 +430,19 @@ def test_a_clip_is_continued(make, causal):
     assert np.array_equal(np.concatenate(stream(pipe, **options)), as_bytes(whole))
 
 
+def test_no_gradient_is_kept_and_the_callers_mode_is_left_alone():
+    kept = []
+
+    def keep(_, i, t, tensors):
+        kept.append(tensors["latents"].requires_grad)
+        return tensors
+
+    pipe = tiny_lingen()
+    for _ in pipe.stream(PROMPT, **CALL, image=tiny_image(), callback_on_step_end=keep):
+        assert torch.is_grad_enabled()
+    assert kept and not any(kept)
+
+
 def test_given_blocks_are_committed_and_not_denoised():
     pipe, steps = tiny_lingen(), []
 
