@@ -13,7 +13,6 @@ from typer import Argument, Option
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, say, working
 from linfusion.cli.generate import check_length, check_prompts
-from linfusion.cli.measure import human_bytes, peak_rss
 from linfusion.cli.size import choose_size
 
 if TYPE_CHECKING:
@@ -103,6 +102,7 @@ def video(
 
     import torch
 
+    from linfusion.cli.measure import human_bytes, peak_rss
     from linfusion.pipelines.resume import seed_of
     from linfusion.pipelines.video_files import read_video
     from linfusion.pipelines.video_writers import open_video

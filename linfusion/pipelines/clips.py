@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLWan
 from diffusers.utils.torch_utils import get_module_execution_device
+from PIL import Image
 from torch import Tensor
 
 from linfusion.pipelines.streaming import StreamingVAEDecoder
@@ -102,10 +103,12 @@ def decode_clip(vae: Any, latents: Tensor) -> Tensor:
     return torch.cat([torch.cat(list(samples), 2) for samples in videos])
 
 
-def as_floats(frames: Any) -> Any:
-    """Bytes as floats of 0 to 1, which diffusers' processors take; anything else as it is."""
+def as_colours(frames: Any) -> Any:
+    """What diffusers' processors take: pictures in RGB, bytes as floats of 0 to 1, others as is."""
     if isinstance(frames, list | tuple):
-        return [as_floats(frame) for frame in frames]
+        return [as_colours(frame) for frame in frames]
+    if isinstance(frames, Image.Image):
+        return frames.convert("RGB")
     if isinstance(frames, np.ndarray) and frames.dtype == np.uint8:
         return frames.astype(np.float32) / 255
     if isinstance(frames, Tensor) and frames.dtype == torch.uint8:

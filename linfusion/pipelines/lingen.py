@@ -24,8 +24,8 @@ from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel,
 from linfusion.models.lingen import LinGenTransformer3DModel
 from linfusion.models.stream import split_blocks
 from linfusion.pipelines.clips import (
+    as_colours,
     as_decoded,
-    as_floats,
     decode_clip,
     encode_clip,
     first_frame,
@@ -428,6 +428,7 @@ class LinGenPipeline(DiffusionPipeline):
         finally:
             self.maybe_free_model_hooks()
 
+    @torch.no_grad()
     def _clip(
         self,
         prompt: Any,
@@ -531,9 +532,9 @@ class LinGenPipeline(DiffusionPipeline):
         config, device = self.transformer.config, self._execution_device
         name = "image" if video is None else "video"
         if image is not None:
-            frames = self.video_processor.preprocess(as_floats(image), height, width)[:, :, None]
+            frames = self.video_processor.preprocess(as_colours(image), height, width)[:, :, None]
         elif video is not None:
-            frames = self.video_processor.preprocess_video(as_floats(video), height, width)
+            frames = self.video_processor.preprocess_video(as_colours(video), height, width)
         else:
             factor = self.vae_scale_factor_spatial
             shape = (videos, config.in_channels, 0, height // factor, width // factor)

@@ -75,8 +75,10 @@ def check_call(
             negative_prompt_attention_mask,
             "negative_prompt",
         )
-        if others != count and not isinstance(negative_prompt, str):
-            raise ValueError(f"negative_prompt: got {others}, expected as many as prompts: {count}")
+        one = len(starts) > 1  # of one video
+        if others != (1 if one else count) and not isinstance(negative_prompt, str):
+            expected = "one" if one else f"as many as prompts: {count}"
+            raise ValueError(f"negative_prompt: got {others}, expected {expected}")
     if len(starts) > 1:
         if not pipe.transformer.config.causal_blocks:
             raise ValueError(

@@ -331,6 +331,12 @@ def test_prompts_and_frames_that_do_not_pair_up_are_refused(prompt, message):
         call(tiny_lingen(), prompt)
 
 
+def test_what_is_not_wanted_is_one_for_all_prompts_over_time():
+    pairs = [(0, "a hand"), (4, "a face")]
+    with pytest.raises(ValueError, match="negative_prompt: got 2, expected one"):
+        call(tiny_lingen(), pairs, negative_prompt=["a", "b"])
+
+
 def test_a_model_without_blocks_has_one_prompt():
     with pytest.raises(ValueError, match="prompt: got pairs, expected one text"):
         call(tiny_lingen(causal=False), [(0, "a"), (4, "b")])
@@ -377,7 +383,8 @@ def test_pictures_of_any_kind_are_one():
     array = np.asarray(image)
     expected = call(pipe, image=image)
     tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
-    for same in (array, array.astype(np.float32) / 255, tensor, tensor / 255, [image]):
+    alike = (array, array.astype(np.float32) / 255, tensor, tensor / 255, [image])
+    for same in (*alike, image.convert("RGBA")):
         np.testing.assert_allclose(call(pipe, image=same), expected, atol=1e-6)
 
 
@@ -421,6 +428,19 @@ def test_a_clip_is_continued(make, causal):
     assert (latents - changed)[:, :, kept:].abs().max() > 0.01
     whole = call(pipe, **options)[0]
     assert np.array_equal(np.concatenate(stream(pipe, **options)), as_bytes(whole))
+
+
+def test_no_gradient_is_kept_and_the_callers_mode_is_left_alone():
+    kept = []
+
+    def keep(_, i, t, tensors):
+        kept.append(tensors["latents"].requires_grad)
+        return tensors
+
+    pipe = tiny_lingen()
+    for _ in pipe.stream(PROMPT, **CALL, image=tiny_image(), callback_on_step_end=keep):
+        assert torch.is_grad_enabled()
+    assert kept and not any(kept)
 
 
 def test_given_blocks_are_committed_and_not_denoised():
