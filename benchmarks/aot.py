@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels-aot.md"
-HEAD_DIMS = (40, 64, 80, 128, 160)
+HEAD_DIMS = (40, 64, 80, 128, 160, 576)
+LIT = 576  # columns of a head of DiT-XL/2 with LiT's two heads, whose feature map is another
 # What a tile is called, by family of kernels.
 TILES = {
     "linear": ("BN", "BD", "BE", "BLOCK"),
@@ -121,13 +122,12 @@ def launches(chip: Chip, d: int, dtype: str) -> list[tuple[str, Launch]]:
     target = kernels.Target(chip.vendor, chip.multiprocessors, collected.append)
     one = getattr(torch, dtype)
     q, k, v, do = (torch.empty(BATCH, TOKENS, HEADS, d, dtype=one, device="meta") for _ in range(4))
+    phi, eps = ("relu_eps", 1e-6) if d == LIT else ("elu1", 1e-4)
     for key_weight in (None, torch.empty(BATCH, TOKENS, device="meta")):
-        state = kernels.state_forward(k, v, key_weight, "elu1", target=target)
+        state = kernels.state_forward(k, v, key_weight, phi, target=target)
         kv, k_mean, count = state
-        kernels.read_forward(q, kv, k_mean, "elu1", "mean", 1e-4, count, one, target=target)
-        kernels.attention_backward(
-            do, q, k, v, key_weight, *state, "elu1", "mean", 1e-4, target=target
-        )
+        kernels.read_forward(q, kv, k_mean, phi, "mean", eps, count, one, target=target)
+        kernels.attention_backward(do, q, k, v, key_weight, *state, phi, "mean", eps, target=target)
     different: dict[str, tuple[str, Launch]] = {}
     for launch in collected:
         constants = {n: v for n, v in launch.args.items() if not isinstance(v, torch.Tensor)}

@@ -21,14 +21,25 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (vendor, kernel, bytes of an element) -> a `Tile` for max(D, Dv) up to 64, up to 128, and above.
+# (vendor, kernel, bytes of an element) -> a `Tile` for max(D, Dv) up to 64, up to 128, above, and
+# above 256 where that has one of its own.
 _TILES: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
     ("cuda", "state", 2): [(64, 64, 64, 8, 3), (64, 64, 128, 8, 3), (32, 64, 128, 8, 3)],
     ("cuda", "state", 4): [(32, 64, 64, 8, 3), (32, 64, 128, 8, 2), (32, 64, 128, 8, 2)],
-    ("cuda", "out", 2): [(128, 64, 64, 8, 1), (128, 32, 128, 8, 2), (128, 32, 256, 8, 2)],
+    ("cuda", "out", 2): [
+        (128, 64, 64, 8, 1),
+        (128, 32, 128, 8, 2),
+        (128, 32, 256, 8, 2),
+        (128, 32, 128, 8, 2),
+    ],
     ("cuda", "out", 4): [(64, 32, 64, 8, 2), (64, 32, 128, 8, 2), (64, 32, 128, 8, 2)],
     ("cuda", "bwd_q", 2): [(64, 64, 64, 8, 1)],
-    ("cuda", "bwd_q_rows", 2): [(64, 64, 64, 8, 1), (64, 128, 64, 8, 1), (64, 256, 16, 8, 1)],
+    ("cuda", "bwd_q_rows", 2): [
+        (64, 64, 64, 8, 1),
+        (64, 128, 64, 8, 1),
+        (64, 256, 16, 8, 1),
+        (32, 256, 16, 8, 1),
+    ],
     ("cuda", "bwd_q_rows", 4): [(32, 64, 32, 8, 1), (32, 128, 32, 8, 1), (32, 256, 16, 8, 1)],
     ("cuda", "bwd_kv", 2): [(128, 64, 64, 8, 1), (128, 128, 64, 8, 1), (128, 64, 64, 8, 1)],
     ("cuda", "bwd_kv", 4): [(32, 64, 64, 8, 1), (64, 32, 64, 8, 1), (64, 32, 64, 8, 1)],
@@ -57,8 +68,9 @@ def fuses_backward(vendor: str, d: int, dv: int, itemsize: int) -> bool:
 def tile_for(vendor: str, kernel: str, d: int, dv: int, itemsize: int) -> Tile:
     """The tile of `kernel` for heads of `d` by `dv`, cut down to powers of two that cover them."""
     widest = max(d, dv)
-    bucket = 0 if widest <= 64 else 1 if widest <= 128 else 2
-    tile = Tile(*_TILES[vendor, kernel, itemsize][bucket])
+    tiles = _TILES[vendor, kernel, itemsize]
+    bucket = sum(widest > most for most in (64, 128, 256))
+    tile = Tile(*tiles[min(bucket, len(tiles) - 1)])
     return tile._replace(d=min(tile.d, _cover(d)), e=min(tile.e, _cover(dv)))
 
 
