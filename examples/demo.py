@@ -58,7 +58,11 @@ MODELS = (
     ),
     Shown(
         "emoji-flux",
-        {"softmax": {"linear": False}, "clear-8": {"student": "clear-8"}},
+        {
+            "softmax": {"linear": False},
+            "clear-8": {"student": "clear-8"},
+            "clear-16": {"student": "clear-16"},
+        },
         {128: (4, 16), 256: (2, 16), 512: (1, 16)},
         3.0,
         16,

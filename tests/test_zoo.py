@@ -70,3 +70,7 @@ def test_a_red_heart_is_red_on_white(linear):
     red, green, blue = image[:, 56:72, 56:72].mean((1, 2))
     assert red > 0.7 and green < 0.3 and blue < 0.6
     assert image[:, :4, :4].mean() > 0.85
+
+
+def test_students_come_in_the_order_of_their_radii():
+    assert list(zoo.students(zoo.path("emoji-flux"))) == ["clear-8", "clear-16"]
