@@ -13,7 +13,7 @@ from linfusion.kernels.library import LIBRARY, register
 from linfusion.kernels.ssd.common import accumulator, kept_states
 
 # Steps dt and log-decays a are [B, L, H, 2], forward and backward, in the dtype of the states; skip
-# is D [B, H, P]. What is kept for the backward pass are some states [B, kept, H, 2·P, N].
+# is D [B, H, P]. What is kept for the backward pass are some states [B, kept, H, 2, P, N].
 LIBRARY.define(
     "ssd_bidirectional(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? skip, "
     "SymInt chunk_size, str impl) -> (Tensor y, Tensor kept)"
@@ -66,7 +66,7 @@ def _scan_fake(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     batch, length, heads, channels = x.shape
-    kept = batch, kept_states(length, chunk_size, impl), heads, 2 * channels, b.shape[3]
+    kept = batch, kept_states(length, chunk_size, impl), heads, 2, channels, b.shape[3]
     return x.new_empty(x.shape), x.new_empty(kept, dtype=accumulator(x, dt, b, c))
 
 
