@@ -13,7 +13,8 @@ from linfusion.kernels.library import LIBRARY, register
 from linfusion.kernels.ssd.common import accumulator, kept_states
 
 # Steps dt and log-decays a are [B, L, H, 2], forward and backward, in the dtype of the states; skip
-# is D [B, H, P]. What is kept for the backward pass are some states [B, kept, H, 2, P, N].
+# is D [B, H, P]. What is kept for the backward pass are some states [B, kept, H, 2, P, N]: those of
+# `kept_states`, in Triton none.
 LIBRARY.define(
     "ssd_bidirectional(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? skip, "
     "SymInt chunk_size, str impl) -> (Tensor y, Tensor kept)"
@@ -66,8 +67,9 @@ def _scan_fake(
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     batch, length, heads, channels = x.shape
-    kept = batch, kept_states(length, chunk_size, impl), heads, 2, channels, b.shape[3]
-    return x.new_empty(x.shape), x.new_empty(kept, dtype=accumulator(x, dt, b, c))
+    count = 0 if impl == "triton" else kept_states(length, chunk_size, impl)
+    kept = x.new_empty(batch, count, heads, 2, channels, b.shape[3], dtype=accumulator(x, dt, b, c))
+    return x.new_empty(x.shape), kept
 
 
 def _scan_backward_fake(
