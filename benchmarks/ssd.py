@@ -94,5 +94,5 @@ def bidirectional() -> Iterator[list[Row]]:
         truth = _train(scans["two scans"], doubles)
         errors = {name: _error(scan, inputs, truth) for name, scan in scans.items()}
         runs = {name: partial(_train, scan, inputs) for name, scan in scans.items()}
-        name = f"ssd both {chunk_size}/{groups}"
+        name = f"both {chunk_size}/{groups}"
         yield compare(name, tokens, torch.float32, runs, runs=9, errors=errors)

@@ -56,15 +56,15 @@ def scan(
                 kept[part.batch, run.place, part.heads, i] = part.restored(state)
                 view = View(part, run)
                 x_, b_, c_ = view.tokens(x), view.group(b, dtype), view.group(c, dtype)
-                sums, steps = _sums(view, a), view.tokens(dt)
-                out, into, through = _edges(sums[i], bool(i), dtype)
+                s, steps = _sums(view, a, i), view.tokens(dt)
+                out, into, through = _edges(s, bool(i), dtype)
                 wrote = torch.mul(x_, into.mul_(steps[..., i, None]))
                 states = states_between(added_by(b_, wrote), through, state, bool(i))
                 state = states[0 if i else -1]
                 o = read_from(c_, entering(states, bool(i))).mul_(out)  # [k, b, g, Q, r, P]
                 if not i:
                     o += view.tokens(total)
-                    pairs = _pairs(sums, steps)
+                    pairs = _pairs(s, _sums(view, a, 1), steps)
                     pairs.decay.mul_(pairs.steps).mul_((c_ @ b_.mT)[:, :, :, None])
                     u = x_.to(dtype).transpose(3, 4).contiguous()
                     o += (pairs.decay @ u).transpose(3, 4)
@@ -101,8 +101,8 @@ def scan_backward(
                 view = View(part, run)
                 x_, dy_ = view.tokens(x).to(dtype), view.tokens(dy).to(dtype)
                 b_, c_ = view.group(b, dtype), view.group(c, dtype)
-                sums, steps = _sums(view, a), view.tokens(dt)
-                out, into, through = _edges(sums[i], reverse, dtype)
+                s, steps = _sums(view, a, i), view.tokens(dt)
+                out, into, through = _edges(s, reverse, dtype)
                 step = steps[..., i, None]  # [k, b, g, Q, r, 1]
                 # Of tokens and states: what wrote, and what asks for a gradient.
                 wrote, asks = torch.mul(x_, into * step), torch.mul(dy_, out)
@@ -119,13 +119,14 @@ def scan_backward(
                 du = read_from(b_, dh).mul_(into)  # [k, b, g, Q, r, P]
                 ddt_ = torch.mul(du, x_, out=wrote).sum(-1)
                 da_ += shifted(running(ddt_ * step[..., 0], reverse), reverse)
-                da_ += (through * (dh * h).sum((3, 5)))[:, :, :, None]
+                da_ += (through * dh.mul_(h).sum((3, 5)))[:, :, :, None]
                 view.tokens(da)[..., i] = da_
                 view.tokens(ddt)[..., i] = ddt_
                 du *= step
                 if not i:
                     du += view.tokens(total)
-                    du += _gradients_of_pairs(view, x_, dy_, b_, c_, sums, steps, ddt, da, db, dc)
+                    pairs = _pairs(s, _sums(view, a, 1), steps)
+                    du += _gradients_of_pairs(view, x_, dy_, b_, c_, pairs, steps, ddt, da, db, dc)
                     if weight is not None:
                         mine = part.grouped(dskip)
                         mine += (dy_ * x_).sum((0, 3))
@@ -142,7 +143,7 @@ def _gradients_of_pairs(
     dy: Tensor,
     b: Tensor,
     c: Tensor,
-    sums: tuple[Tensor, Tensor],
+    pairs: _Pairs,
     steps: Tensor,
     ddt: Tensor,
     da: Tensor,
@@ -150,11 +151,11 @@ def _gradients_of_pairs(
     dc: Tensor,
 ) -> Tensor:
     """That of x [k, b, g, Q, r, P]; those of the others are added."""
-    pairs = _pairs(sums, steps)
     g = dy.transpose(3, 4).contiguous()  # [k, b, g, r, Q, P]
     between = g @ x.transpose(3, 4).contiguous().mT  # [k, b, g, r, Q, Q]
     between *= pairs.decay
-    dcb = (between * pairs.steps).sum(3)
+    half = torch.mul(between, pairs.steps)
+    dcb = half.sum(3)
     view.add_group(dc, dcb @ b)
     view.add_group(db, dcb.mT @ c)
     cb = (c @ b.mT)[:, :, :, None]
@@ -162,7 +163,6 @@ def _gradients_of_pairs(
     pairs.decay.mul_(cb).mul_(pairs.steps)
 
     own = between.diagonal(dim1=-2, dim2=-1)  # without any decay
-    half = torch.empty_like(between)
     for i, seen in enumerate(pairs.seen):
         torch.mul(between, seen, out=half)
         wrote = half.sum(-2)  # [k, b, g, r, Q]
@@ -182,24 +182,24 @@ class _Pairs(NamedTuple):
     seen: tuple[Tensor, Tensor]
 
 
-def _pairs(sums: tuple[Tensor, Tensor], steps: Tensor) -> _Pairs:
+def _pairs(forward: Tensor, backward: Tensor, steps: Tensor) -> _Pairs:
+    """Of the sums of log-decays and the steps of both directions."""
     size, dtype, device = steps.shape[3], steps.dtype, steps.device
-    decay, other = (torch.empty(*sums[0].shape, size, dtype=dtype, device=device) for _ in range(2))
+    decay, other = (torch.empty(*forward.shape, size, dtype=dtype, device=device) for _ in "ab")
     unseen = torch.full((size, size), float("-inf"), dtype=dtype, device=device)
-    for s, mask, into in zip(sums, (unseen.triu(1), unseen.tril(-1)), (decay, other), strict=True):
-        torch.sub(s[..., :, None], s[..., None, :], out=into)
-        into += mask
+    torch.sub(forward[..., :, None], forward[..., None, :], out=decay).add_(unseen.triu(1))
+    torch.sub(backward[..., :, None], backward[..., None, :], out=other).add_(unseen.tril(-1))
     torch.maximum(decay, other, out=decay).exp2_()
     ones = torch.ones(size, size, dtype=dtype, device=device)
-    forward, backward = (t.mT[..., None, :] for t in steps.unbind(-1))  # [k, b, g, r, 1, Q]
-    both = torch.mul(forward, ones.tril(), out=other).addcmul_(backward, ones.triu())
+    step, step_b = (t.mT[..., None, :] for t in steps.unbind(-1))  # [k, b, g, r, 1, Q]
+    both = torch.mul(step, ones.tril(), out=other).addcmul_(step_b, ones.triu())
     return _Pairs(decay, both, (ones.tril(-1), ones.triu(1)))
 
 
-def _sums(view: View, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Running sums of the log-decays of each direction, base 2, in float64, [k, b, g, r, Q]."""
-    forward, backward = (t.to(torch.float64).mT * LOG2_E for t in view.tokens(a).unbind(-1))
-    return cumulative(forward, False), cumulative(backward, True)
+def _sums(view: View, a: Tensor, direction: int) -> Tensor:
+    """Running sums of the log-decays of a direction, base 2, in float64, [k, b, g, r, Q]."""
+    one = view.tokens(a)[..., direction].to(torch.float64)
+    return cumulative(one.mT * LOG2_E, bool(direction))
 
 
 def _edges(s: Tensor, reverse: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
