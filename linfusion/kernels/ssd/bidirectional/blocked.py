@@ -8,8 +8,8 @@ in its order, h the state before the chunk and h' the one after it:
 
 so that a chunk has one matrix, where two scans have two, of each of which half is zero. What comes
 by the states of the backward direction is written first, from the last token to the first; the
-forward direction then adds its own and the pairs of tokens of each chunk. The rest is as in
-`linfusion.kernels.ssd.blocked`.
+forward direction then adds its own and the pairs of tokens of each chunk. In half precision that
+sum is kept in float32 until it is whole. The rest is as in `linfusion.kernels.ssd.blocked`.
 """
 
 from __future__ import annotations
@@ -150,7 +150,8 @@ def _gradients_of_pairs(
     db: Tensor,
     dc: Tensor,
 ) -> Tensor:
-    """That of x [k, b, g, Q, r, P]; those of the others are added."""
+    """What the pairs of tokens give dx [k, b, g, Q, r, P]; what they give the other gradients is
+    added to those."""
     g = dy.transpose(3, 4).contiguous()  # [k, b, g, r, Q, P]
     between = g @ x.transpose(3, 4).contiguous().mT  # [k, b, g, r, Q, Q]
     between *= pairs.decay
@@ -185,7 +186,7 @@ class _Pairs(NamedTuple):
 def _pairs(forward: Tensor, backward: Tensor, steps: Tensor) -> _Pairs:
     """Of the sums of log-decays and the steps of both directions."""
     size, dtype, device = steps.shape[3], steps.dtype, steps.device
-    decay, other = (torch.empty(*forward.shape, size, dtype=dtype, device=device) for _ in "ab")
+    decay, other = (torch.empty(*forward.shape, size, dtype=dtype, device=device) for _ in range(2))
     unseen = torch.full((size, size), float("-inf"), dtype=dtype, device=device)
     torch.sub(forward[..., :, None], forward[..., None, :], out=decay).add_(unseen.triu(1))
     torch.sub(backward[..., :, None], backward[..., None, :], out=other).add_(unseen.tril(-1))
