@@ -19,10 +19,11 @@ BATCH, TOKENS, HEADS, GROUPS, CHUNK = 1, 65536, 32, 1, 256
 
 def launches(chip: Chip, size: str, dtype: str) -> list[tuple[str, Launch]]:
     """Every different launch of a forward and backward pass, in reverse, with skip, initial state
-    and segments."""
+    and segments, and of a forward pass in both directions, with skip."""
     import torch
 
     from linfusion.kernels.ssd import triton as kernels
+    from linfusion.kernels.ssd.bidirectional import triton as bidirectional
 
     channels, features = SIZES[size]
     one = getattr(torch, dtype)
@@ -44,6 +45,14 @@ def launches(chip: Chip, size: str, dtype: str) -> list[tuple[str, Launch]]:
     for launch in collected:
         backward = ", backward" if launch.args.get("BACKWARD") else ""
         different.setdefault(launch.kernel.__name__ + backward, launch)
+    collected.clear()
+    both = (torch.stack([t, t], -1) for t in (dt, a))
+    bidirectional.scan(x, *both, b, c, skip, CHUNK, target=target)
+    for launch in collected:
+        name = launch.kernel.__name__
+        if launch.args.get("STEPS") and launch.args["BACKWARD"]:
+            different[f"{name}, backward direction"] = launch
+        different.setdefault(name, launch)
     return list(different.items())
 
 
@@ -66,9 +75,10 @@ def section(reports: list[Report]) -> list[str]:
         "# State-space scan",
         "",
         f"Bytes for batch {BATCH}, {TOKENS} tokens, {HEADS} heads in {GROUPS} group, chunks of "
-        f"{CHUNK} tokens, with skip, initial state and segments. *P × N* is channels of a head × "
-        "features of its state. *Tile* is tokens that a program holds × tokens that it takes at a "
-        "time × columns, warps and pipeline stages. *HBM* counts every tensor of the launch once, "
+        f"{CHUNK} tokens, with skip, initial state and segments; of both directions at once "
+        "(`ssd_read_both` and what it reads), with skip. *P × N* is channels of a head × features "
+        "of its state. *Tile* is tokens that a program holds × tokens that it takes at a time × "
+        "columns, warps and pipeline stages. *HBM* counts every tensor of the launch once, "
         "relative to those as wide as x: the rest is states, one a chunk in float32, and sums.",
     ]
     for chip in dict.fromkeys(r.chip for r in reports):

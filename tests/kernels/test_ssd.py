@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from linfusion.kernels import ssd_scan, ssd_step
-from linfusion.kernels.ssd import blocked
+from linfusion.kernels.ssd import chunks
 
 IMPLEMENTATIONS = ("reference", "blocked")
 ALONG = ("x", "dt", "B", "C", "z")  # the tokens
@@ -71,7 +71,7 @@ def by_hand(x: dict[str, Tensor], dt: Tensor) -> Tensor:
 @pytest.fixture(params=["at once", "few heads at a time"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param != "at once":
-        monkeypatch.setattr(blocked, "BLOCK", 200)
+        monkeypatch.setattr(chunks, "BLOCK", 200)
 
 
 def test_the_recurrence_is_the_matrix_of_the_paper():

@@ -141,6 +141,7 @@ def ssd_states(
     BN: tl.constexpr,
     BK: tl.constexpr,
     CHUNK: tl.constexpr,
+    STEPS: tl.constexpr,
     REVERSE: tl.constexpr,
     BACKWARD: tl.constexpr,
     DOT: tl.constexpr,
@@ -148,7 +149,8 @@ def ssd_states(
     ALIGN: tl.constexpr,
 ):
     """What a chunk adds to the state after it, Σ_j exp(s_Q - s_j) dt_j x_j b_jᵀ, with K = b, V = x;
-    backward what it adds to the gradient of the state before it, Σ_i exp(s_i) dy_i c_iᵀ."""
+    backward what it adds to the gradient of the state before it, Σ_i exp(s_i) dy_i c_iᵀ. Gradients
+    have no `STEPS`."""
     P_TILES: tl.constexpr = (P + BP - 1) // BP
     N_TILES: tl.constexpr = (N + BN - 1) // BN
     pid = tl.program_id(0)
@@ -169,7 +171,7 @@ def ssd_states(
         inside = i < length
         at = token_of(i, length, REVERSE)
         w = to_the_edge(S, i, last, length, not BACKWARD)
-        if not BACKWARD:
+        if STEPS:
             w *= tl.load(DT + at * heads, mask=inside, other=0.0)
         k = rows_of(K, at, inside, n, k_sn, N, ALIGN)  # [BK, BN]
         v = rows_of(V, at, inside, p, v_sn, P, ALIGN) * w[:, None]  # [BK, BP]
