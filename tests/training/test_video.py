@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -131,7 +132,6 @@ def test_a_stride_leaves_frames_out(folder):
 
 
 def test_a_video_is_a_clip(folder):
-    av = pytest.importorskip("av")
     with av.open(str(folder / "d.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=8)
         stream.width = stream.height = 32
