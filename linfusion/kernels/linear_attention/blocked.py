@@ -42,7 +42,7 @@ def state_forward(
     scratch = _scratch(dtype, k, v)
     _, size = _extent(k, v)
     chain = CHAIN if k.dtype == dtype else 4 * CHAIN  # inputs of 16 bits have rounded more
-    for b, run in _blocks(k, v, run=RUN):
+    for b, run in blocks(k, v, run=RUN):
         kv_b, k_b, k_run, v_run = kv[b], k_sum[b], k[b, run], v[b, run]
         alone = k_run.shape[1] == tokens
         kv_part, k_part = (kv_b, k_b) if alone else (torch.zeros_like(kv_b), torch.zeros_like(k_b))
@@ -62,7 +62,7 @@ def state_forward(
         count = torch.full((batch,), tokens, dtype=dtype, device=k.device)
         return kv.div_(tokens), k_sum.div_(tokens), count
     count = key_weight.sum(1)
-    scale = _over(count)
+    scale = over(count)
     return kv.mul_(scale[:, None, None, None]), k_sum.mul_(scale[:, None, None]), count
 
 
@@ -84,7 +84,7 @@ def read_forward(
     # Where its features fit, a block of o holds them until it is written.
     inside = out_dtype == kv.dtype and q.shape[3] <= o.shape[3]
     spare, *features = _scratch(kv.dtype, q, o, buffers=1 if inside else 2)
-    for b, n in _blocks(q, o):
+    for b, n in blocks(q, o):
         part = o[b, n]
         out = part.transpose(1, 2)  # [b, H, n, E]
         y = _phi(q[b, n], feature_map, part.view(-1) if inside else features[0], spare)
@@ -125,7 +125,7 @@ def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, length, step))
 
 
-def _blocks(*tensors: Tensor, run: int = 1) -> Iterator[tuple[slice, slice]]:
+def blocks(*tensors: Tensor, run: int = 1) -> Iterator[tuple[slice, slice]]:
     """Slices of batch and tokens: `run` blocks of each [B, N, H, *]; short sequences together."""
     batch, tokens = tensors[0].shape[:2]
     group, size = _extent(*tensors)
@@ -134,11 +134,16 @@ def _blocks(*tensors: Tensor, run: int = 1) -> Iterator[tuple[slice, slice]]:
 
 def _scratch(dtype: torch.dtype, *tensors: Tensor, buffers: int = 2) -> list[Tensor]:
     """Flat buffers, each long enough for a block of any of the tensors."""
+    size, device = block_numel(*tensors), tensors[0].device
+    return [torch.empty(size, dtype=dtype, device=device) for _ in range(buffers)]
+
+
+def block_numel(*tensors: Tensor) -> int:
+    """Elements that a block of any of the tensors has at most."""
     batch, tokens = tensors[0].shape[:2]
     group, length = _extent(*tensors)
     rows = min(group, batch) * min(length, tokens)
-    size = rows * max(t.shape[2] * t.shape[3] for t in tensors)
-    return [torch.empty(size, dtype=dtype, device=tensors[0].device) for _ in range(buffers)]
+    return rows * max(t.shape[2] * t.shape[3] for t in tensors)
 
 
 def _phi(x: Tensor, feature_map: str, y: Tensor, t: Tensor) -> Tensor:
@@ -175,7 +180,7 @@ def _heads_first(x: Tensor, t: Tensor) -> Tensor:
     return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
-def _over(count: Tensor) -> Tensor:
+def over(count: Tensor) -> Tensor:
     """1/count, and 0 for an empty state."""
     return torch.where(count == 0, torch.zeros_like(count), 1 / count)
 
@@ -213,7 +218,7 @@ def read_backward(
     dq = empty_output(q.shape, q.dtype, q.device)
     dkv, dk_mean = torch.zeros_like(kv), torch.zeros_like(k_mean)
     features, spare = _scratch(kv.dtype, q, do)
-    for b, n in _blocks(q, do):
+    for b, n in blocks(q, do):
         y = _phi(q[b, n], feature_map, features, spare)  # [b, H, n, D]
         x = do[b, n].transpose(1, 2).to(kv.dtype)  # [b, H, n, E]
         if normalizer == "none":
@@ -243,11 +248,11 @@ def state_backward(
     """Gradients of a state: dk as k, dv as v."""
     dk = empty_output(k.shape, k.dtype, k.device)
     dv = empty_output(v.shape, v.dtype, v.device)
-    scale = _over(count)
+    scale = over(count)
     dkv = dkv * scale[:, None, None, None]
     dk_mean = dk_mean * scale[:, None, None]
     features, spare = _scratch(dkv.dtype, k, v)
-    for b, n in _blocks(k, v):
+    for b, n in blocks(k, v):
         y = _phi(k[b, n], feature_map, features, spare)  # [b, H, n, D]
         x = v[b, n].transpose(1, 2).to(dkv.dtype)  # [b, H, n, E]
         g = (x @ dkv[b].transpose(2, 3)).add_(dk_mean[b, :, None])

@@ -100,6 +100,9 @@ def _attention(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernels = _kernels(impl)
+    if impl == "blocked" and (bf16 := _kernels("blocked_bf16")).applies(q, k, v, key_weight):
+        state = bf16.state_forward(k, v, feature_map)
+        return bf16.read_forward(q, *state[:2], feature_map, normalizer, eps, state[2]), *state
     kv, k_mean, count = kernels.state_forward(k, v, key_weight, feature_map)
     o = kernels.read_forward(q, kv, k_mean, feature_map, normalizer, eps, count, v.dtype)
     return o, kv, k_mean, count
@@ -119,7 +122,10 @@ def _attention_backward(
     eps: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(impl).attention_backward(
+    kernels = _kernels(impl)
+    if impl == "blocked" and _kernels("blocked_bf16").applies(q, k, v, key_weight):
+        kv, k_mean, count = kernels.state_forward(k, v, key_weight, feature_map)
+    return kernels.attention_backward(
         do, q, k, v, key_weight, kv, k_mean, count, feature_map, normalizer, eps
     )
 
