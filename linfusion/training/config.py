@@ -20,6 +20,7 @@ METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 _RECIPES = Path(__file__).parent / "recipes"
 _OF_LIT = (*METHOD_OPTIONS["lit"], "teacher_model_name_or_path", "kd_variance_weight")
+OPTIMIZERS = ("adamw", "muon")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -93,6 +94,7 @@ class TrainConfig:
         gradient_accumulation_steps, gradient_checkpointing, mixed_precision, allow_tf32,
         learning_rate, scale_lr, lr_scheduler, lr_warmup_steps, adam_beta1, adam_beta2,
         adam_weight_decay, adam_epsilon, max_grad_norm: as in diffusers' scripts.
+        optimizer: "adamw", or "muon" for the matrices inside blocks and AdamW for the rest.
         use_ema: keep a moving average of the learned part; it is then what is saved.
         ema_decay: its greatest decay.
         checkpointing_steps: optimizer steps between checkpoints; 0 writes none but the last.
@@ -166,6 +168,7 @@ class TrainConfig:
     scale_lr: bool = False
     lr_scheduler: str = "constant_with_warmup"
     lr_warmup_steps: int = 500
+    optimizer: str = "adamw"
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_weight_decay: float = 0.0
@@ -205,6 +208,7 @@ class TrainConfig:
         self._check_clips()
 
     def _check_choices(self) -> None:
+        import torch
         from diffusers.optimization import SchedulerType
 
         schedules = [s.value for s in SchedulerType if s.value != "piecewise_constant"]
@@ -213,6 +217,7 @@ class TrainConfig:
             ("mixed_precision", ("no", "fp16", "bf16")),
             ("image_interpolation_mode", INTERPOLATIONS),
             ("lr_scheduler", schedules),
+            ("optimizer", OPTIMIZERS),
             ("report_to", (None, "tensorboard")),
         ):
             if (given := getattr(self, name)) not in accepted:
@@ -223,6 +228,8 @@ class TrainConfig:
             for name in names:
                 if method != self.method and getattr(self, name) is not None:
                     raise ValueError(f"{name}: given, but only method {method!r} has it")
+        if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"optimizer: 'muon' needs torch 2.9 or newer, got {torch.__version__}")
         if self.projection_rank is not None and (
             self.method == "lit" or not self.train_projections
         ):

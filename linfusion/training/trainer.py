@@ -54,6 +54,7 @@ from linfusion.training.data import (
 from linfusion.training.films import Film, FilmSet, check_films, film_folder
 from linfusion.training.grids import side_by_side
 from linfusion.training.objective import Distillation
+from linfusion.training.optimizers import build_optimizer
 from linfusion.training.teachers import FlowTeacher, NoiseTeacher, Teacher
 from linfusion.training.variance import ClassTeacher, PixArtTeacher, VarianceTeacher
 from linfusion.training.video import FromData, LinGenHost
@@ -303,8 +304,9 @@ def _train(
     lr = config.learning_rate
     if config.scale_lr:
         lr *= accumulation * config.train_batch_size * accelerator.num_processes
-    optimizer = torch.optim.AdamW(
-        parameters,
+    optimizer = build_optimizer(
+        config.optimizer,
+        pair.model,
         lr=lr,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,

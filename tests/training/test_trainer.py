@@ -92,11 +92,12 @@ def test_only_so_many_checkpoints_are_kept(tmp_path):
     assert sorted(p.name for p in out.glob("*checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, accumulation):
+@pytest.mark.parametrize("accumulation, optimizer", [(1, "adamw"), (2, "adamw"), (1, "muon")])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, accumulation, optimizer):
     changes = {
         "max_train_steps": 5,
         "gradient_accumulation_steps": accumulation,
+        "optimizer": optimizer,
         "checkpointing_steps": 2,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 1,
