@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ import text
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from train_unet import encode
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -185,6 +187,9 @@ def main() -> None:
     params, both = optimizers(pipe, args.learning_rate)
     print(f"{sum(p.numel() for p in params):,} parameters, {len(films)} clips", flush=True)
 
+    # the few keys of a window: faster than fused, on the CPU
+    attention = partial(sdpa_kernel, SDPBackend.MATH) if args.mixer == "mate" else nullcontext
+
     def stage(step: int) -> int:
         """Frames of a clip."""
         return args.frames[(step - 1) * len(args.frames) // args.steps]
@@ -203,7 +208,7 @@ def main() -> None:
         others = torch.randint(len(pictures), (args.stills,)).tolist()
         captions = [text.vary(films[i].captions, rng) for i in index]
         captions += [text.vary(pictures[i].captions, rng) for i in others]
-        with torch.autocast("cpu", torch.bfloat16):
+        with attention(), torch.autocast("cpu", torch.bfloat16):
             states, mask = tokens(pipe.tokenizer, pipe.text_encoder, captions)
             n = len(index)
             picked = latents["stills"][others][:, None]

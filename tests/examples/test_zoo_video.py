@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from linfusion.models import LinGenTransformer3DModel
 from linfusion.pipelines.stock import load
+from linfusion.training.video_metrics import ClipDistances
 
 PICTURES = Path(__file__).parents[1] / "data" / "emoji"
 SCRIPTS = Path(__file__).parents[2] / "examples" / "zoo"
@@ -28,7 +30,7 @@ def video(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "PROMPTS", ["pizza"])
     monkeypatch.setattr(module, "build_transformer", small)
     yield module
-    for name in ("train_video", "train_unet", "clips", "data", "text", "loop"):
+    for name in ("judge_video", "train_video", "train_unet", "clips", "data", "text", "loop"):
         sys.modules.pop(name, None)
 
 
@@ -122,3 +124,21 @@ def test_a_size_without_whole_tokens_is_refused(video, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(video, monkeypatch, "--size", 100)
     assert "--size: expected a multiple of 64, got 100" in capsys.readouterr().err
+
+
+def test_model_and_twin_are_judged_beside_the_real_clips(video, flags, monkeypatch, tmp_path):
+    for mixer in ("mate", "softmax"):
+        run(video, monkeypatch, *flags, "--output", tmp_path / mixer, "--mixer", mixer)
+    judge = importlib.import_module("judge_video")
+    pipelines = ("--model", tmp_path / "mate/pipeline", "--twin", tmp_path / "softmax/pipeline")
+    few = ("--count", 3, "--frames", 8, "--inference-steps", 1, "--clips", tmp_path / "clips")
+    run(judge, monkeypatch, *pipelines, *few, "--output", tmp_path / "judged")
+    found = json.loads((tmp_path / "judged/judgement.json").read_text())
+    ratios = found["ratio"]
+    assert set(ratios) == set(ClipDistances._fields)
+    for name, ratio in ratios.items():
+        assert ratio == pytest.approx(found["model"][name] / found["twin"][name])
+    # a clip's brightness goes up by 5 of 255 every three of its 36 frames, in frames 3 and 6
+    assert found["figures"]["real"]["motion"] == pytest.approx(5 / 255 * 2 / 7, rel=0.01)
+    with Image.open(tmp_path / "judged/clips.png") as shown:
+        assert shown.size == (8 * 128, 9 * 128)  # the size of the transformer
