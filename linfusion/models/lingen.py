@@ -12,10 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.attention import FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
@@ -23,6 +20,8 @@ from torch import Tensor, nn
 
 from linfusion.attention.mate import MATE, LayerState
 from linfusion.attention.rotary_major_scan import ORDERS
+from linfusion.models.lingen_block import LinGenBlock, modulated
+from linfusion.models.positions import Positions
 from linfusion.models.softmax import SoftmaxAttention
 from linfusion.models.stream import StreamState, split_blocks
 
@@ -238,7 +237,7 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
             state.commit(after)
 
         shift, scale = (self.scale_shift_table + embedded[:, :, None]).unbind(2)
-        x = self.proj_out(_modulated(self.norm_out(x), shift, scale))
+        x = self.proj_out(modulated(self.norm_out(x), shift, scale))
         sample = _unpatched(x.unflatten(1, grid), self.config.patch_size)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
@@ -322,193 +321,6 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
             for m, t in zip(masks, tokens, strict=True)
         ]
         return torch.cat(projected, 1), torch.cat(whole, 1)
-
-
-class LinGenBlock(nn.Module):
-    """MATE, cross-attention to the text and a feed-forward layer, the first and last modulated.
-
-    Positions enter the first norm of every block, and the residual stream never.
-
-    Args:
-        width: C.
-        heads: of cross-attention.
-        mlp_ratio: inner channels of the feed-forward layer, of C.
-        qk_norm: of cross-attention.
-        mate: what mixes the tokens; softmax attention may take its place.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_ratio: float,
-        qk_norm: bool,
-        mate: MATE | SoftmaxAttention,
-    ) -> None:
-        super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.mate = mate
-        self.attn2 = CrossAttention(width, heads, qk_norm)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.ff = FeedForward(
-            width, inner_dim=int(mlp_ratio * width), activation_fn="gelu-approximate"
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        modulation: Tensor,
-        text: Tensor,
-        mask: Tensor | None,
-        grid: tuple[int, int, int],
-        blocks: tuple[int, ...] | None,
-        past: LayerState | None,
-    ) -> tuple[Tensor, LayerState | None]:
-        """x [B, N, C], positions [1, N, C], modulation [B, F, 6, C] -> x and the state, if any."""
-        table = self.scale_shift_table + modulation
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = table.unbind(2)
-        h = _modulated(self.norm1(x + positions), shift, scale)
-        after = None
-        if blocks is None:
-            h = self.mate(h, grid)
-        else:
-            h, after = self.mate(h, grid, blocks=blocks, past=past, return_state=True)
-        x = x + _scaled(h, gate)
-        x = x + self.attn2(x, text, mask)
-        h = self.ff(_modulated(self.norm2(x), shift_ff, scale_ff))
-        return x + _scaled(h, gate_ff), after
-
-
-class CrossAttention(nn.Module):
-    """Softmax attention from tokens to text, with the keys of diffusers' Attention.
-
-    Args:
-        width: C of both.
-        heads: that divide it.
-        qk_norm: root-mean-square norm of queries and keys of each head.
-    """
-
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(width, width, bias=False)
-        self.to_v = nn.Linear(width, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
-        self.norm_q = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
-        self.norm_k = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else None
-
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None) -> Tensor:
-        """x [B, N, C], text [B, M, C], mask [B, M] -> [B, N, C]."""
-        q, k, v = (
-            project(t).unflatten(-1, (self.heads, -1))
-            for project, t in ((self.to_q, x), (self.to_k, text), (self.to_v, text))
-        )
-        if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
-        seen = None if mask is None else mask[:, None, None]
-        out: Tensor = dispatch_attention_fn(q, k, v, attn_mask=seen)
-        return self.to_out[0](out.flatten(2))
-
-
-class Positions(nn.Module):
-    """Learned positions, the sum of a table along each axis.
-
-    Fresh, each holds sines and cosines in a third of the channels, so that axes can be told apart.
-
-    Args:
-        width: C, at least 6.
-        sizes: rows of the tables along (t, h, w).
-        block: frames of a block, where time is counted within it. None: from the first frame.
-    """
-
-    def __init__(self, width: int, sizes: Sequence[int], block: int | None = None) -> None:
-        super().__init__()
-        if width < 6:
-            raise ValueError(f"width: got {width}, expected at least 6 channels")
-        if block is not None and sizes[0] < 3 * block - 1:
-            raise ValueError(
-                f"pos_embed_size: got {sizes[0]} rows in time, expected at least {3 * block - 1}"
-                f" for blocks of {block}"
-            )
-        self.sizes, self.block = tuple(sizes), block
-        self.t, self.h, self.w = (
-            nn.Parameter(_waves(size, width, axis)) for axis, size in enumerate(sizes)
-        )
-
-    def forward(
-        self,
-        grid: tuple[int, int, int],
-        start: int,
-        stretch: bool,
-        blocks: Sequence[int] | None = None,
-    ) -> Tensor:
-        """[1, T·H·W, C].
-
-        Args:
-            grid: (T, H, W).
-            start: the first frame; 0 with `stretch`.
-            stretch: whether the table is interpolated to a longer clip, or that is refused.
-            blocks: frames of each block, where time is counted within them.
-
-        Raises:
-            ValueError: the clip or a block is refused.
-        """
-        frames, height, width = grid
-        end = start + frames
-        if self.block is not None and blocks is not None:
-            t = self.t[self._places(start, blocks, self.block)]
-        elif end > len(self.t) and not stretch:
-            raise ValueError(
-                f"pos_embed_size: the model knows {len(self.t)} frames of tokens, got frame {end}"
-            )
-        else:
-            t = _resized(self.t, frames) if end > len(self.t) else self.t[start:end]
-        h, w = _resized(self.h, height), _resized(self.w, width)
-        return (t[:, None, None] + h[:, None] + w).flatten(0, 2)[None]
-
-    def _places(self, start: int, blocks: Sequence[int], block: int) -> list[int]:
-        """A row for each frame: the first block from the front, later ones among the last rows."""
-        rows: list[int] = []
-        for frames in blocks:
-            first = start == 0 and not rows
-            room = 2 * block - 1 if first else block
-            if frames > room:
-                raise ValueError(
-                    f"hidden_states: got {frames} frames of tokens in "
-                    f"{'the first' if first else 'a later'} block, expected at most {room}"
-                )
-            rows += range(frames) if first else range(len(self.t) - block, len(self.t))[:frames]
-        return rows
-
-
-def _resized(table: Tensor, size: int) -> Tensor:
-    """[n, C] -> [size, C], rows being the middles of cells of one extent."""
-    if len(table) == size:
-        return table
-    wide = table.to(torch.promote_types(table.dtype, torch.float32)).T[None]
-    return F.interpolate(wide, size=size, mode="linear")[0].T.to(table.dtype)
-
-
-def _waves(size: int, width: int, axis: int) -> Tensor:
-    """[size, C], sines and cosines in the third of the channels that is the axis's own."""
-    half = width // 6
-    angles = torch.arange(size)[:, None] * 10000 ** (-torch.arange(half) / half)
-    table = torch.zeros(size, width)
-    table[:, 2 * half * axis : 2 * half * (axis + 1)] = torch.cat([angles.sin(), angles.cos()], 1)
-    return table
-
-
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x [B, N, C], shift and scale [B, F, C] of the frames."""
-    frames = x.unflatten(1, (shift.shape[1], -1))
-    return (frames * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
-
-
-def _scaled(x: Tensor, gate: Tensor) -> Tensor:
-    return (x.unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]).flatten(1, 2)
 
 
 def _patched(x: Tensor, patch: Sequence[int]) -> Tensor:
