@@ -3,7 +3,8 @@
     make demo
 
 Writes every picture and a contact sheet of each model into demo/, and prints what each size cost.
-Seconds and memory are of the denoising alone: text encoders and VAE are the same for all.
+Seconds and memory are of the denoising alone: text encoders and VAE are the same for all. Clips of
+the video model, which is linear itself, are drawn at two lengths; theirs are of the whole stream.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageDraw, ImageFont
 
 from linfusion import zoo
@@ -22,10 +24,13 @@ from linfusion.cli.console import emit_table, say
 from linfusion.cli.info import machine
 from linfusion.cli.measure import human_bytes, measure
 from linfusion.pipelines.arguments import draw_arguments
+from linfusion.pipelines.video_writers import open_video
 
 PROMPTS = ("a red heart", "a pizza", "a cat face", "a yellow heart")
 SEED = 0
 THUMB, MARGIN, LABEL = 192, 8, 22
+FPS, STEPS = 12, 12  # of clips
+STRIP = 8  # frames of a clip that are shown abreast
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Shown:
         plan: prompts and denoising steps at each size in pixels.
         guidance: what the model's card recommends.
         token: pixels of a side that the widest layer has a token for.
+        prompts: texts, or classes by name.
     """
 
     name: str
@@ -45,6 +51,7 @@ class Shown:
     plan: dict[int, tuple[int, int]]
     guidance: float
     token: int
+    prompts: tuple[str, ...] = PROMPTS
 
 
 # One step of softmax at 1024 px costs 40 at 128 px.
@@ -66,6 +73,30 @@ MODELS = (
         {128: (4, 16), 256: (2, 16), 512: (1, 16)},
         3.0,
         16,
+    ),
+    Shown(
+        "emoji-lit",
+        {"softmax": {"linear": False}, "linear": {}},
+        {128: (4, 50)},
+        3.0,
+        16,
+        ("face", "heart", "person", "sign"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video model of the zoo, and the prompts of clips, by their number of frames."""
+
+    name: str
+    plan: dict[int, tuple[str, ...]]
+
+
+VIDEOS = (
+    Video(
+        "emoji-video",
+        {24: ("a red heart", "cat face", "grinning face with big eyes"), 96: ("a red heart",)},
     ),
 )
 
@@ -104,7 +135,7 @@ def draw(pipe: Any, shown: Shown, prompt: str, size: int, side: str, steps: int)
     latents = latents / config.scaling_factor + (config.shift_factor or 0)
     with torch.inference_mode():
         pixels = pipe.vae.decode(latents).sample
-    return Drawn(prompt, size, side, pipe.image_processor.postprocess(pixels)[0], seconds, peak)
+    return Drawn(prompt, size, side, VaeImageProcessor().postprocess(pixels)[0], seconds, peak)
 
 
 def contact_sheet(shown: Shown, drawn: list[Drawn]) -> Image.Image:
@@ -116,7 +147,7 @@ def contact_sheet(shown: Shown, drawn: list[Drawn]) -> Image.Image:
         "RGB",
         (
             across * len(shown.plan) * cell + MARGIN,
-            LABEL + len(PROMPTS) * (cell + LABEL) + MARGIN,
+            LABEL + len(shown.prompts) * (cell + LABEL) + MARGIN,
         ),
         "white",
     )
@@ -124,7 +155,7 @@ def contact_sheet(shown: Shown, drawn: list[Drawn]) -> Image.Image:
     for i, size in enumerate(shown.plan):
         for j, side in enumerate(shown.sides):
             pen.text((MARGIN + (across * i + j) * cell, 3), f"{size} px, {side}", "black", font)
-    for row, prompt in enumerate(PROMPTS):
+    for row, prompt in enumerate(shown.prompts):
         top = LABEL + row * (cell + LABEL)
         pen.text((MARGIN, top + 3), prompt, "black", font)
         for d in drawn:
@@ -168,20 +199,81 @@ def show(shown: Shown, folder: Path) -> int:
     """Draw everything of one model; how many pictures."""
     pipes = {side: zoo.load(shown.name, **given) for side, given in shown.sides.items()}
     for side, pipe in pipes.items():
-        draw(pipe, shown, PROMPTS[0], min(shown.plan), side, steps=2)  # warms up; not counted
+        draw(pipe, shown, shown.prompts[0], min(shown.plan), side, steps=2)  # warms up; not counted
     folder = folder / shown.name
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for size, (count, steps) in shown.plan.items():
-        for prompt in PROMPTS[:count]:
+        for prompt in shown.prompts[:count]:
             for side, pipe in pipes.items():  # turn by turn: a busy machine slows all alike
                 drawn.append(draw(pipe, shown, prompt, size, side, steps))
                 name = f"{prompt.replace(' ', '-')}-{size}-{side}.png"
                 drawn[-1].image.save(folder / name)
-        say(f"{shown.name}, {size} px: {count} of {len(PROMPTS)} prompts drawn, {steps} steps")
+        say(
+            f"{shown.name}, {size} px: {count} of {len(shown.prompts)} prompts drawn, {steps} steps"
+        )
     contact_sheet(shown, drawn).save(folder / "contact-sheet.png")
     print_costs(shown, drawn)
     return len(drawn)
+
+
+def show_video(video: Video, folder: Path) -> int:
+    """Draw the clips of the video model; how many."""
+    pipe = zoo.load(video.name)
+    pipe.set_progress_bar_config(disable=True)
+    folder = folder / video.name
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, strips = [], []
+    for frames, prompts in video.plan.items():
+        for prompt in prompts:
+            clip, seconds, peak = measure(
+                lambda prompt=prompt, frames=frames: write_clip(
+                    pipe, prompt, frames, folder / f"{prompt.replace(' ', '-')}-{frames}.webp"
+                )
+            )
+            strips.append(clip)
+            rows.append(
+                [
+                    prompt,
+                    str(frames),
+                    f"{seconds:.1f} s",
+                    f"{1000 * seconds / frames:.0f} ms",
+                    human_bytes(peak),
+                ]
+            )
+        say(f"{video.name}, {frames} frames: {len(prompts)} prompts drawn, {STEPS} steps")
+    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)))
+    for i, strip in enumerate(strips):
+        sheet.paste(strip, (0, i * strip.height))
+    sheet.save(folder / "contact-sheet.png")
+    emit_table(
+        ["prompt", "frames", "seconds", "a frame", "peak"],
+        rows,
+        title=f"zoo:{video.name}: streamed, float32; peak above the loaded model. {machine()}",
+    )
+    return len(rows)
+
+
+def write_clip(pipe: Any, prompt: str, frames: int, file: Path) -> Image.Image:
+    """Stream a clip into a file; a few of its frames, abreast."""
+    height, width = pipe.default_size
+    strip = Image.new("RGB", (STRIP * width, height))
+    done = 0
+    with open_video(file, FPS, (width, height)) as out:
+        for part in pipe.stream(
+            prompt,
+            num_frames=frames,
+            num_inference_steps=STEPS,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(SEED),
+        ):
+            out.write(part)
+            for i, frame in enumerate(part, done):
+                column, rest = divmod(i * STRIP, frames)
+                if rest < STRIP:  # the first frame of this part of the clip
+                    strip.paste(Image.fromarray(frame), (column * width, 0))
+            done += len(part)
+    return strip
 
 
 def main() -> None:
@@ -189,7 +281,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for pictures")
     options = parser.parse_args()
     count = sum(show(shown, options.output) for shown in MODELS)
-    print(f"{count} pictures are in {options.output}/, with a contact sheet of each model")
+    clips = sum(show_video(video, options.output) for video in VIDEOS)
+    print(
+        f"{count} pictures and {clips} clips are in {options.output}/, with a contact sheet of each"
+        " model"
+    )
 
 
 if __name__ == "__main__":

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
 import linfusion
 from linfusion import weights, zoo
 from linfusion.cli.measure import human_bytes, measure
+from linfusion.pipelines import DiTPipeline
 from tests.tiny import tiny_sd_pipeline
+from tests.tiny_dit import tiny_dit
 from tests.tiny_joint import tiny_flux, tiny_flux_pipeline
+from tests.tiny_video import tiny_image_vae, tiny_lingen
 
 
 @pytest.fixture
@@ -27,6 +31,12 @@ def demo(tmp_path, monkeypatch):
     flux = tiny_flux_pipeline(transformer=tiny_flux(guidance_embeds=False))
     flux.save_pretrained(tmp_path / "emoji-flux")
     weights.save(linfusion.linearize(flux, "clear", radius=2), tmp_path / "emoji-flux" / "clear-2")
+    whole = linfusion.linearize(tiny_dit(num_embeds_ada_norm=4), "lit", heads=2)
+    names = dict(enumerate(("face", "heart", "person", "sign")))
+    dit = DiTPipeline(whole, tiny_image_vae(), DDPMScheduler(), id2label=names)
+    dit.save_pretrained(tmp_path / "emoji-lit")
+    tiny_dit(num_embeds_ada_norm=4).save_pretrained(tmp_path / "emoji-lit" / "teacher")
+    tiny_lingen().save_pretrained(tmp_path / "emoji-video")
     monkeypatch.setattr(zoo, "_ROOT", tmp_path)
     file = Path(__file__).parents[1] / "examples" / "demo.py"
     spec = importlib.util.spec_from_file_location("demo", file)
@@ -34,10 +44,12 @@ def demo(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "demo", module)
     spec.loader.exec_module(module)
     plan = {64: (2, 1), 128: (1, 1)}
-    emoji, *_ = module.MODELS
+    emoji, _, lit = module.MODELS
     sides = {"softmax": {"linear": False}, "clear-2": {"student": "clear-2"}}
     flux = module.Shown("emoji-flux", sides, {32: (1, 1)}, guidance=3.0, token=4)
-    monkeypatch.setattr(module, "MODELS", (replace(emoji, plan=plan), flux))
+    small = (replace(emoji, plan=plan), flux, replace(lit, plan={16: (1, 2)}))
+    monkeypatch.setattr(module, "MODELS", small)
+    monkeypatch.setattr(module, "VIDEOS", (module.Video("emoji-video", {9: ("bee",)}),))
     return module
 
 
@@ -45,10 +57,15 @@ def test_the_demo_draws_all_sides_and_prints_their_cost(demo, tmp_path, monkeypa
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(out)])
     demo.main()
-    assert sorted(str(p.relative_to(out)) for p in out.rglob("*.png")) == [
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*.*")) == [
         "emoji-flux/a-red-heart-32-clear-2.png",
         "emoji-flux/a-red-heart-32-softmax.png",
         "emoji-flux/contact-sheet.png",
+        "emoji-lit/contact-sheet.png",
+        "emoji-lit/face-16-linear.png",
+        "emoji-lit/face-16-softmax.png",
+        "emoji-video/bee-9.webp",
+        "emoji-video/contact-sheet.png",
         "emoji/a-pizza-64-linear.png",
         "emoji/a-pizza-64-softmax.png",
         "emoji/a-red-heart-128-linear.png",
@@ -60,7 +77,12 @@ def test_the_demo_draws_all_sides_and_prints_their_cost(demo, tmp_path, monkeypa
     assert Image.open(out / "emoji" / "a-red-heart-128-linear.png").size == (128, 128)
     printed = capsys.readouterr().out
     assert "128 px" in printed and "zoo:emoji-flux" in printed
-    assert "8 pictures are in" in printed
+    assert "10 pictures and 1 clips are in" in printed
+    with Image.open(out / "emoji-video" / "bee-9.webp") as clip:
+        assert clip.n_frames == 9
+        first = clip.convert("RGB")
+    with Image.open(out / "emoji-video" / "contact-sheet.png") as shown:
+        assert shown.size == (8 * first.width, first.height)
 
 
 def test_the_peak_of_memory_is_what_the_work_allocates():
