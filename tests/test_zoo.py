@@ -1,4 +1,4 @@
-"""The model that ships: whole, small, and what its card says it is."""
+"""The models that ship: whole, small, and what their cards say they are."""
 
 from __future__ import annotations
 
