@@ -89,13 +89,14 @@ class Judge:
         for first in range(0, len(self._classes), BATCH):
             names = self._classes[first : first + BATCH]
             seeds = [torch.Generator().manual_seed(first + i) for i in range(len(names))]
-            images = pipe(
-                names,
-                num_inference_steps=20,
-                guidance_scale=2.0,
-                generator=seeds,
-                output_type="pt",
-            ).images
+            with torch.autocast("cpu", torch.bfloat16):
+                images = pipe(
+                    names,
+                    num_inference_steps=20,
+                    guidance_scale=2.0,
+                    generator=seeds,
+                    output_type="pt",
+                ).images
             features.append(self._extract(images.float()))
         return kernel_distance(torch.cat(features), self._real)
 

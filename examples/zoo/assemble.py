@@ -12,11 +12,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
 
 import linfusion
 from linfusion.lowrank import save_low_rank
-from linfusion.pipelines.dit import with_learned_variance
+from linfusion.pipelines import stock
 from linfusion.weights import LinFusion
 from linfusion.whole import load_whole
 
@@ -42,13 +41,14 @@ def main() -> None:
     parser.add_argument("--whole", type=Path, help="a student that is a whole transformer")
     args = parser.parse_args()
     students = [student.partition("=")[::2] for student in args.student]
-    if not (students or args.whole) or not all(name and folder for name, folder in students):
-        parser.error(f"--student: expected one or more NAME=FOLDER, got {args.student}")
+    if not all(name and folder for name, folder in students):
+        parser.error(f"--student: expected NAME=FOLDER, got {args.student}")
 
     tmp = ZOO / f"{args.name}.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
-    pipe = DiffusionPipeline.from_pretrained(args.pipeline, dtype=torch.float16)
-    pipe = with_learned_variance(pipe)  # which keeps the names of its classes
+    pipe = stock.load(str(args.pipeline), dtype=torch.float16)
+    if not (students or args.whole or isinstance(pipe, linfusion.LinGenPipeline)):
+        parser.error(f"--student: expected one or more of a {type(pipe).__name__}, got none")
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.half()  # T5 keeps some of its own in float32
