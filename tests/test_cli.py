@@ -228,6 +228,14 @@ def test_summary_lists_every_layer(run, model):
     assert all(layer["linear"] for layer in told["layers"])
 
 
+def test_summary_shows_a_model_that_was_saved_linear_as_linear(run):
+    code, out, err = run("summary", "zoo:emoji-lit", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["weights"] is None
+    assert [layer["linear"] for layer in found["layers"]] == [True] * 8
+
+
 def test_summary_is_readable_without_json(run, model):
     code, out, _ = run("summary", model)
     assert code == 0

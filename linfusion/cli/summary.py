@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument
 
@@ -26,18 +26,23 @@ def summary(
     """List the self-attention layers of a model.
 
     For each: learned parameters, bytes of state, and from how many tokens on linear is cheaper. The
-    model is made linear first if there are --weights or a student in its folder.
+    model is made linear first if there are --weights or a student in its folder, or if it was saved
+    linear.
     """
     load.check_model(model)
     with working(f"loading {model}"):
         import linfusion
+        from linfusion.layers import MARKER, model_of
 
         pipe = load.load_pipeline(
             model, dtype=dtype, variant=variant, revision=revision, token=token, device_map="cpu"
         )
         weights = load.student_of(model, weights)
-        if weights or layers:
-            linfusion.linearize(pipe, method, weights=weights, layers=layers)
+        config: Any = model_of(pipe).config
+        if weights or MARKER in config:
+            weights = load.put_student(pipe, model, weights, method=method, layers=layers)
+        elif layers:
+            linfusion.linearize(pipe, method, layers=layers)
         found = linfusion.summary(pipe)
     if as_json:
         emit_json({"pipeline": model, "weights": weights, **found.to_dict()})
