@@ -49,11 +49,11 @@ def test_features_are_float32_ones_narrowed():
     assert ((found.double() - truth).abs() <= truth * 2**-8).all()
 
 
-def test_z_is_float32():
+def test_a_product_is_float32():
     y = torch.rand(2, 500, 320).bfloat16() + 1
     m = blocked_bf16._block_diagonal(torch.rand(2, 8, 40).bfloat16())
     truth = y.double() @ m.double()
-    assert error(blocked_bf16._z(y, m), truth) < 1e-5
+    assert error(blocked_bf16._float32_product(y, m), truth) < 1e-5
     assert error(torch.bmm(y, m), truth) > 1e-4  # as one product would have it
 
 

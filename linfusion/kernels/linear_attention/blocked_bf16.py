@@ -31,7 +31,9 @@ def state_forward(k: Tensor, v: Tensor, feature_map: str) -> tuple[Tensor, Tenso
     features, spare, values = (k.new_empty(numel) for _ in range(3))
     for b, n in blocks(k, v):
         y = _phi(k[b, n], feature_map, features, spare)  # [b, n, H, D]
-        k_sum[b] += y.sum(1, dtype=torch.float32)
+        # A sum would widen y first. Rounded once a block, as kv is.
+        ones = y.new_ones(1, 1, y.shape[1]).expand(len(y), -1, -1)
+        k_sum[b] += torch.bmm(ones, y.flatten(2)).view(len(y), heads, dim)
         y, x = _heads_first(y, spare), _heads_first(v[b, n], values)
         first = b.start * heads
         kv[first : first + len(y)] += torch.bmm(y.transpose(1, 2), x)
@@ -60,7 +62,7 @@ def read_forward(
     for b, n in blocks(q, o):
         y = _phi(q[b, n], feature_map, features, spare)  # [b, n, H, D]
         if normalizer != "none":
-            z = _z(y.flatten(2), m[b]).add_(shift[b, None, None])
+            z = _float32_product(y.flatten(2), m[b]).add_(shift[b, None, None])
             # Scaling the features instead of what they read leaves the product free to write o.
             y = torch.mul(y, z.reciprocal_().to(y.dtype)[..., None], out=_like(y, spare))
         for y_b, s_b, o_b in zip(y, s[b], o[b, n], strict=True):
@@ -82,13 +84,10 @@ def _phi(x: Tensor, feature_map: str, y: Tensor, t: Tensor) -> Tensor:
     return y.add_(t.exp_())  # exp(min(x, 0)) + max(x, 0): one of them is 1 or 0
 
 
-def _z(y: Tensor, m: Tensor) -> Tensor:
-    """φ(q)·m in float32, [b, n, H], of y [b, n, HD] and a block diagonal m [b, HD, H].
-
-    z scales all of o, and bfloat16 would round it: what the first product has lost, a second finds.
-    """
-    z = torch.bmm(y, m)
-    return z.float() + torch.baddbmm(z, y, m, beta=-1)
+def _float32_product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y of bfloat16 in float32: what one product has lost in rounding, a second finds."""
+    z = torch.bmm(x, y)
+    return z.float() + torch.baddbmm(z, x, y, beta=-1)
 
 
 def _block_diagonal(m: Tensor) -> Tensor:
