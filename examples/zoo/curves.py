@@ -55,7 +55,9 @@ def draw(curves: Mapping[str, Mapping[int, float]], level: float | None = None) 
         place = max(y + 4, place + 15)  # names of lines that end together stand below each other
         parts.append(_text(WIDTH - RIGHT + 8, place, name, "start", _colour(name, curves)))
     for name, curve in curves.items():
-        parts.append(_line([at(*point) for point in sorted(curve.items())], _colour(name, curves)))
+        points, colour = [at(*point) for point in sorted(curve.items())], _colour(name, curves)
+        parts.append(_line(points, colour))
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         'font-family="sans-serif" font-size="13">\n'
