@@ -15,11 +15,13 @@ from torch import Tensor
 from linfusion.kernels.pages import empty_output
 from linfusion.kernels.window_attention.blocked_backward import attention_backward
 from linfusion.kernels.window_attention.blocks import (
+    LANES,
     SCORES,
     Masks,
     Part,
     blocks_of,
     dense_bias,
+    forward_tile,
     is_dense,
     plan,
     tiles,
@@ -50,12 +52,13 @@ def attention(
     o = empty_output(q.shape, v.dtype, q.device)
     lse = torch.empty(q.shape[:3], dtype=accumulator(q), device=q.device)
     dtype = _product_dtype(q)
-    masks = Masks(grid, radius, shape, dtype, q.device)
     k_all, v_all = (_heads_first(x, dtype) for x in (k_all, v_all))  # [B, H, T, D]
     batch, _, count, dim = q.shape
-    together = plan(grid, radius, count, dim)
+    together = plan(grid, radius, count, dim, forward_tile(grid, radius, dtype))
+    masks = Masks(radius, shape, together.tile, dtype, q.device, LANES)
     sizes = (together.queries, together.keys, together.keys)
-    scratch = [torch.empty(size, dtype=dtype, device=q.device) for size in sizes]
+    # Zeros, as a tile may read past the last of its keys: a masked one must still be finite.
+    scratch = [torch.zeros(size, dtype=dtype, device=q.device) for size in sizes]
     for b, heads, block in blocks_of(grid, radius, batch, count, together):
         part = Part(grid, heads, tiled, q.device)
         where = (block.queries, block.keys, block.keys)
@@ -64,7 +67,7 @@ def attention(
         )
         for group in block.groups:
             q_g = tiles(q_b, group.first, group.rows, group)  # [h, n, q, D]
-            k_g, v_g = (tiles(x, group.key_first, group.key_rows, group) for x in (k_b, v_b))
+            k_g, v_g = (tiles(x, group.key_first, group.key_rows, group, LANES) for x in (k_b, v_b))
             o_g, lse_g = attend(q_g, k_g, v_g, masks.of(block, group), scale)
             if k_all.shape[2]:
                 whole = q_g.flatten(1, 2)[:, None]  # [h, 1, nq, D]

@@ -20,6 +20,7 @@ from torch import Tensor
 from linfusion.kernels.pages import empty_output
 from linfusion.kernels.window_attention.blocks import (
     SCORES,
+    TILES,
     Masks,
     Part,
     blocks_of,
@@ -85,14 +86,15 @@ def attention_backward(
         bias = dense_bias(grid, radius, shape, k_all.shape[1], tiled, q)
         return _dense(do, dlse, q, k, v, k_all, v_all, o, lse, bias, scale)
     dtype = accumulator(q)
-    masks = Masks(grid, radius, shape, dtype, q.device)
+    tile = TILES[len(grid)]
+    masks = Masks(radius, shape, tile, dtype, q.device)
     dq = empty_output(q.shape, q.dtype, q.device)
     # Halos overlap: gradients of keys are sums over tiles.
     dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (k, v))
     every = [x.to(dtype).transpose(1, 2).contiguous() for x in (k_all, v_all)]  # [B, H, T, D]
     d_every = [torch.zeros_like(x) for x in every]
     batch, _, count, dim = q.shape
-    together = plan(grid, radius, count, dim)
+    together = plan(grid, radius, count, dim, tile)
     spare = [torch.empty(together.queries, dtype=dtype, device=q.device) for _ in range(5)]
     spare += [torch.empty(together.keys, dtype=dtype, device=q.device) for _ in range(2)]
     for b, heads, block in blocks_of(grid, radius, batch, count, together):

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linfusion.kernels.window_attention.common import (
@@ -24,9 +25,15 @@ from linfusion.kernels.window_attention.common import (
 )
 from linfusion.kernels.window_attention.order import place_of, raster_of
 
-# 32 queries, what torch's flash kernel for CPUs multiplies at a time: fewer would leave it idle,
-# more would see more keys outside their windows.
+# 32 queries, what torch's flash kernel for CPUs multiplies at a time: more would see more keys
+# outside their windows.
 TILES = {2: (4, 8), 3: (2, 4, 4)}
+# In float32, scores of half a tile and its halo fit a first-level cache of 32 KB up to this halo;
+# those of a whole one do not.
+HALVED, HALF = 7, (2, 8)
+# Keys of a tile come in multiples of this, or torch's flash kernel takes 5 % longer over the rest;
+# what is added is whatever follows in memory, masked.
+LANES = 16
 # Elements of the keys of a block: 6 MB in float32.
 BLOCK = 3 << 19
 
@@ -78,31 +85,42 @@ class Plan(NamedTuple):
     """What is done together.
 
     Attributes:
+        tile: sides of the tiles of queries.
         heads: at a time.
         rows: of queries in a block, at most; one tile at least.
-        queries, keys: how many elements of q and of k the largest block of so many heads has.
+        queries, keys: how many elements of q and of k the largest block of so many heads has;
+            with the keys, those that the last tile has too many.
     """
 
+    tile: tuple[int, ...]
     heads: int
     rows: int
     queries: int
     keys: int
 
 
-def plan(grid: tuple[int, ...], radius: float, heads: int, dim: int) -> Plan:
+def forward_tile(grid: tuple[int, ...], radius: float, dtype: torch.dtype) -> tuple[int, ...]:
+    """The tile whose products in that dtype are the fastest."""
+    halved = len(grid) == 2 and dtype == torch.float32 and reach(radius) <= HALVED
+    return HALF if halved else TILES[len(grid)]
+
+
+def plan(grid: tuple[int, ...], radius: float, heads: int, dim: int, tile: tuple[int, ...]) -> Plan:
     """All heads at a time, as their tokens lie together in memory, and as many rows as fit.
 
     Only where that would leave few rows, whose halo is copied as well, are the heads divided.
     """
     halo = reach(radius)
-    height, *sides = (min(t, s) for t, s in zip(TILES[len(grid)], grid, strict=True))
+    height, *sides = (min(t, s) for t, s in zip(tile, grid, strict=True))
     row = dim * math.prod(min(t + 2 * halo, s) for t, s in zip(sides, grid[1:], strict=True))
     few = min(grid[0], max(64, 4 * halo))
     together = max(1, min(heads, BLOCK // (row * min(grid[0], few + 2 * halo))))
     fit = BLOCK // (row * together)
     rows = grid[0] if fit >= grid[0] else max(height, (fit - 2 * halo) // height * height)
     key_rows = min(grid[0], rows + 2 * halo)
-    return Plan(together, rows, together * rows * dim * math.prod(sides), together * key_rows * row)
+    queries = together * rows * dim * math.prod(sides)
+    keys = together * key_rows * row + (LANES - 1) * dim
+    return Plan(tile, together, rows, queries, keys)
 
 
 def blocks_of(
@@ -111,13 +129,13 @@ def blocks_of(
     """Batch index, heads and block: all that there is to do."""
     for b in range(batch):
         for part in _ranges(heads, plan.heads):
-            for block in cut(grid, reach(radius), plan.rows):
+            for block in cut(grid, reach(radius), plan.rows, plan.tile):
                 yield b, part, block
 
 
-def cut(grid: tuple[int, ...], halo: int, rows: int) -> Iterator[Block]:
+def cut(grid: tuple[int, ...], halo: int, rows: int, tile: tuple[int, ...]) -> Iterator[Block]:
     """The blocks of a grid, of at most `rows` rows of queries but at least one tile."""
-    height, *sides = TILES[len(grid)]
+    height, *sides = tile
     for columns in itertools.product(*map(_ranges, grid[1:], sides)):
         around = tuple(_around(c, size, halo) for c, size in zip(columns, grid[1:], strict=True))
         for run in _ranges(grid[0], max(1, rows // height) * height):
@@ -157,20 +175,24 @@ def _groups(run: slice, keys: slice, size: int, height: int, halo: int) -> list[
 
 
 class Masks:
-    """The bias of every tile, cut from that of one whole tile with its whole halo."""
+    """The bias of every tile, cut from that of one whole tile with its whole halo.
+
+    It has as many more keys, never seen, as make a multiple of `lanes`.
+    """
 
     def __init__(
         self,
-        grid: tuple[int, ...],
         radius: float,
         shape: str,
+        tile: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        lanes: int = 1,
     ) -> None:
-        self.halo = reach(radius)
-        axes = len(grid)
+        self.halo, self.lanes = reach(radius), lanes
+        axes = len(tile)
         offsets = []
-        for axis, side in enumerate(TILES[axes]):
+        for axis, side in enumerate(tile):
             query = torch.arange(side, device=device)
             key = torch.arange(-self.halo, side + self.halo, device=device)
             apart = key[None, :] - query[:, None]
@@ -193,7 +215,9 @@ class Masks:
         if self._last is None or self._last[0] != parts:  # most tiles are like the one before
             bias = self.bias[tuple(parts)]
             axes = bias.dim() // 2
-            self._last = parts, bias.flatten(axes).flatten(0, axes - 1).contiguous()
+            bias = bias.flatten(axes).flatten(0, axes - 1)
+            more = -bias.shape[1] % self.lanes
+            self._last = parts, F.pad(bias, (0, more), value=float("-inf")).contiguous()
         return self._last[1]
 
 
@@ -245,13 +269,16 @@ def _places(grid: tuple[int, ...], device: torch.device) -> Tensor:
     return place_of(grid, device).view(grid)
 
 
-def tiles(x: Tensor, first: int, rows: int, group: Group) -> Tensor:
-    """Tiles of a block [h, R, *rest, D] as a view [h, n, rows · rest, D]; they may overlap."""
+def tiles(x: Tensor, first: int, rows: int, group: Group, lanes: int = 1) -> Tensor:
+    """Tiles of a block [h, R, *rest, D] as a view [h, n, rows · rest, D]; they may overlap.
+
+    Tokens of each are as many more as make a multiple of `lanes`.
+    """
     h, _, *rest, d = x.shape
-    row = math.prod(rest) * d
-    size = (h, group.tiles, rows * row // d, d)
-    strides = (x.stride(0), group.rows * row, d, 1)
-    return x.as_strided(size, strides, x.storage_offset() + first * row)
+    across = math.prod(rest)
+    size = (h, group.tiles, -(-rows * across // lanes) * lanes, d)
+    strides = (x.stride(0), group.rows * across * d, d, 1)
+    return x.as_strided(size, strides, x.storage_offset() + first * across * d)
 
 
 def is_dense(grid: tuple[int, ...], radius: float, shape: str) -> bool:
