@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linfusion.kernels import LinearState, linear_read, linear_state
-from linfusion.kernels.window_attention.blocks import plan
+from linfusion.kernels.window_attention.blocks import forward_tile, plan
 from linfusion.pipelines.rows import RULES, Node, Rows, map_rows
 from linfusion.pipelines.tokens import held, whole
 
@@ -115,7 +115,8 @@ def _window_attention(
 
 def _scratch(q: Tensor, grid: tuple[int, ...], radius: float) -> int:
     """Bytes of the blocked kernel's copies of a block of tiles, and of what comes of them."""
-    block = plan(tuple(grid), radius, q.shape[2], q.shape[3])
+    tile = forward_tile(grid, radius, q.dtype)
+    block = plan(grid, radius, q.shape[2], q.shape[3], tile)
     return 4 * (3 * block.queries + 2 * block.keys)
 
 
