@@ -46,15 +46,7 @@ def test_features_are_float32_ones_narrowed():
     x = torch.linspace(-20, 20, 4001).bfloat16()[None, :, None, None]
     found = blocked_bf16._phi(x, "elu1", torch.empty_like(x).view(-1), torch.empty_like(x).view(-1))
     truth = torch.where(x > 0, x.double() + 1, x.double().exp())
-    assert ((found.double() - truth).abs() <= truth * 2**-8).all()
-
-
-def test_a_product_is_float32():
-    y = torch.rand(2, 500, 320).bfloat16() + 1
-    m = blocked_bf16._block_diagonal(torch.rand(2, 8, 40).bfloat16())
-    truth = y.double() @ m.double()
-    assert error(blocked_bf16._float32_product(y, m), truth) < 1e-5
-    assert error(torch.bmm(y, m), truth) > 1e-4  # as one product would have it
+    assert ((found.transpose(1, 2).double() - truth).abs() <= truth * 2**-8).all()
 
 
 def test_gradients_are_those_of_a_float32_state(monkeypatch):
@@ -69,12 +61,10 @@ def test_gradients_are_those_of_a_float32_state(monkeypatch):
     assert not torch.equal(o, linear_attention(q, k, v, impl="blocked"))
 
 
-@pytest.mark.parametrize(
-    "change", [{"dtype": torch.float16}, {"heads": 41}, {"weight": torch.ones(1, 9)}]
-)
+@pytest.mark.parametrize("change", [{"dtype": torch.float16}, {"weight": torch.ones(1, 9)}])
 def test_what_it_is_not_for(monkeypatch, change):
     monkeypatch.setattr(blocked_bf16, "BF16_PRODUCTS", True)
-    q, k, v = inputs(1, 5, 9, change.get("heads", 2), 40, 40, change.get("dtype", torch.bfloat16))
+    q, k, v = inputs(1, 5, 9, 2, 40, 40, change.get("dtype", torch.bfloat16))
     assert not blocked_bf16.applies(q, k, v, change.get("weight"))
     q, k, v = inputs(1, 5, 9, 2, 40, 40, torch.bfloat16)
     assert blocked_bf16.applies(q, k, v, None)
