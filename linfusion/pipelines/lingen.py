@@ -14,32 +14,20 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
 )
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel, UMT5EncoderModel
 
 from linfusion.models.lingen import LinGenTransformer3DModel
-from linfusion.models.stream import split_blocks
-from linfusion.pipelines.clips import (
-    as_colours,
-    as_decoded,
-    decode_clip,
-    encode_clip,
-    first_frame,
-    latent_frames,
-    ratios,
-)
+from linfusion.pipelines.clips import as_decoded, decode_clip, latent_frames, ratios
 from linfusion.pipelines.resume import seed_of
 from linfusion.pipelines.session import Session
-from linfusion.pipelines.switches import prompt_of_each_block, split_prompt
-from linfusion.pipelines.text import Text, encode_texts, prompts_in_time, repeated
-from linfusion.pipelines.video_blocks import Clip, Side, draw_blocks, draw_seeds
+from linfusion.pipelines.text import Text, encode_texts, repeated
+from linfusion.pipelines.video_blocks import Clip, draw_blocks
 from linfusion.pipelines.video_inputs import check_call, check_stream, check_text
-
-logger = logging.get_logger(__name__)
+from linfusion.pipelines.video_prepare import prepare_clip
 
 
 @dataclass
@@ -303,7 +291,7 @@ class LinGenPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of range or does not fit another; it is named.
         """
-        clip = self._clip(
+        clip = self._prepare(
             prompt,
             negative_prompt=negative_prompt,
             height=height,
@@ -380,7 +368,7 @@ class LinGenPipeline(DiffusionPipeline):
         """
         check_stream(self, prompt, prompt_embeds, state, resume, replay)
         seed = seed_of(state) if resume and generator is None else None
-        clip = self._clip(
+        clip = self._prepare(
             prompt,
             negative_prompt=negative_prompt,
             height=height,
@@ -428,131 +416,12 @@ class LinGenPipeline(DiffusionPipeline):
         finally:
             self.maybe_free_model_hooks()
 
-    @torch.no_grad()
-    def _clip(
-        self,
-        prompt: Any,
-        *,
-        height: int | None,
-        width: int | None,
-        num_frames: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        num_videos_per_prompt: int = 1,
-        generator: Any,
-        latents: Tensor | None = None,
-        callback_on_step_end: Any,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        max_sequence_length: int,
-        image: Any,
-        video: Any,
-        output_type: str = "np",
-        **text: Any,
-    ) -> Clip:
-        """All that is to be drawn, checked, and then encoded."""
-        config = self.transformer.config
-        factor = self.vae_scale_factor_spatial
-        height = self.default_size[0] if height is None else height
-        width = self.default_size[1] if width is None else width
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        prompt, starts = split_prompt(prompt)
-        videos = check_call(
-            self,
-            height,
-            width,
-            num_frames,
-            prompt=prompt,
-            starts=starts,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_videos_per_prompt=num_videos_per_prompt,
-            generator=generator,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            max_sequence_length=max_sequence_length,
-            output_type=output_type,
-            image=image,
-            video=video,
-            **text,
-        )
-        count = latent_frames(self.vae, num_frames, config.patch_size[0])
-        made = first_frame(self.vae, count)
-        if made != num_frames:
-            logger.warning(f"num_frames: {num_frames} does not fit the VAE; rounded to {made}")
-        blocks = split_blocks(count, config.block_frames) if config.causal_blocks else (count,)
-        begins = [first_frame(self.vae, sum(blocks[:i])) for i in range(len(blocks))]
-        prompts = prompt_of_each_block(starts, begins)
-
-        device = self._execution_device
-        self._guidance_scale, self._interrupt = guidance_scale, False
+    def _prepare(self, prompt: Any, **call: Any) -> Clip:
+        """All that is to be drawn, checked, and then encoded; what callbacks see starts anew."""
+        clip = prepare_clip(self, prompt, **call)
+        self._guidance_scale, self._interrupt = clip.guidance_scale, False
         self._current_timestep = None
-        given = self._given(image, video, height, width, made, videos, num_videos_per_prompt)
-        wanted, mask, unwanted, unwanted_mask = self.encode_prompt(
-            prompt,
-            self.do_classifier_free_guidance,
-            num_videos_per_prompt=num_videos_per_prompt,
-            device=device,
-            max_sequence_length=max_sequence_length,
-            **text,
-        )
-        sides = [Side(prompts_in_time(wanted, mask, len(starts)))]
-        if self.do_classifier_free_guidance:
-            sides.append(Side(prompts_in_time(unwanted, unwanted_mask, len(starts))[:1]))
-        shape = (videos, config.in_channels, height // factor, width // factor)
-        if latents is not None or not config.causal_blocks:
-            latents = self.prepare_latents(
-                videos,
-                config.in_channels,
-                height,
-                width,
-                made,
-                torch.float32,
-                device,
-                generator,
-                latents,
-            )
-        return Clip(
-            blocks=blocks,
-            shape=shape,
-            sides=sides,
-            prompts=prompts,
-            seeds=draw_seeds(generator, videos),
-            noise=latents,
-            given=given,
-            steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            callback=callback_on_step_end,
-            callback_tensors=callback_on_step_end_tensor_inputs,
-        )
-
-    def _given(
-        self, image: Any, video: Any, height: int, width: int, total: int, videos: int, each: int
-    ) -> Tensor:
-        """Latents [B, C, G, h, w] that the clip begins with."""
-        config, device = self.transformer.config, self._execution_device
-        name = "image" if video is None else "video"
-        if image is not None:
-            frames = self.video_processor.preprocess(as_colours(image), height, width)[:, :, None]
-        elif video is not None:
-            frames = self.video_processor.preprocess_video(as_colours(video), height, width)
-        else:
-            factor = self.vae_scale_factor_spatial
-            shape = (videos, config.in_channels, 0, height // factor, width // factor)
-            return torch.zeros(shape, device=device)
-        count, patch = frames.shape[2], config.patch_size[0]
-        whole = (count - 1) // self.vae_scale_factor_temporal + 1
-        if (count - 1) % self.vae_scale_factor_temporal or whole % patch or count >= total:
-            raise ValueError(
-                f"{name}: got {count} frames, expected fewer than the {total} of the clip, 1 more"
-                f" than a multiple of {self.vae_scale_factor_temporal}, that fill tokens of {patch}"
-                " latent frames"
-            )
-        if len(frames) not in (1, videos // each, videos):
-            raise ValueError(f"{name}: got {len(frames)}, expected one, or one for each prompt")
-        latents = encode_clip(self.vae, frames).to(device)
-        if len(latents) == 1:
-            return latents.expand(videos, -1, -1, -1, -1)
-        return latents.repeat_interleave(videos // len(latents), 0)
+        return clip
 
 
 def _frames(decoder: Any, latents: Tensor) -> Iterator[np.ndarray]:
