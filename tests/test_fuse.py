@@ -78,7 +78,9 @@ def test_a_fused_layer_honours_a_key_mask():
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_bfloat16_is_as_close_fused_as_it_was():
+@pytest.mark.parametrize("products", [True, False])
+def test_bfloat16_is_as_close_fused_as_it_was(products, monkeypatch):
+    monkeypatch.setattr(fused.blocked_bf16, "BF16_PRODUCTS", products)
     unet = linear_unet()
     exact = denoise(unet)
     unet.to(torch.bfloat16)
@@ -86,6 +88,16 @@ def test_bfloat16_is_as_close_fused_as_it_was():
     plain = (denoise(unet, **inputs).float() - exact).abs().mean()
     fused_error = (denoise(linfusion.fuse(unet), **inputs).float() - exact).abs().mean()
     assert fused_error <= 1.5 * plain
+
+
+def test_bfloat16_products_serve_inference_alone(monkeypatch):
+    monkeypatch.setattr(fused.blocked_bf16, "BF16_PRODUCTS", True)
+    x = torch.randn(1, 9, 64).bfloat16()
+    with torch.no_grad():
+        assert fused._narrow(x, None)
+        assert not fused._narrow(x.float(), None)
+        assert not fused._narrow(x, torch.ones(1, 9))
+    assert not fused._narrow(x, None)  # gradients take a float32 state
 
 
 def test_a_fused_model_says_so():

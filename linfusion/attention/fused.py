@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linfusion.kernels import LinearState, linear_read, linear_state
+from linfusion.kernels.linear_attention import blocked_bf16
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
     from linfusion.attention.linfusion import FeatureMap, ResidualMLP
 
 _EPS = 1e-4
-# Tokens at a time, a picture: what is between x and the output then stays in a CPU's cache, and
-# bounded on a GPU.
+# Tokens at a time, a picture: what is between x and the output then stays in a CPU's cache (this
+# many in float32, twice as many in half of it), and bounded on a GPU.
 _BLOCK = {"cpu": 1024}
 _GPU_BLOCK = 1 << 16
 
@@ -85,30 +87,48 @@ class FusedLayer(nn.Module):
     def forward(self, x: Tensor, key_weight: Tensor | None = None) -> Tensor:
         """[B, N, C] -> [B, N, C], the output projection and its bias included."""
         batch, tokens, channels = x.shape
-        block = _GPU_BLOCK if x.device.type != "cpu" else max(64, _BLOCK["cpu"] // batch)
+        block = _GPU_BLOCK
+        if x.device.type == "cpu":
+            block = max(64, _BLOCK["cpu"] * 4 // x.element_size() // batch)
         if torch.compiler.is_compiling():
             block = tokens  # a loop would be unrolled, once for every length
+        pieces = [slice(i, min(i + block, tokens)) for i in range(0, tokens, block)]
+        narrow = _narrow(x, key_weight)
         # Queries, then the output written over them, where the two have one width.
         queries = x.new_empty(batch, tokens, self.widths[0])
         state: LinearState | None = None
-        for start in range(0, tokens, block):
-            piece = slice(start, min(start + block, tokens))
-            weight = None if key_weight is None else key_weight[:, piece]
+        for piece in pieces:
             q, k, v = self._project(x[:, piece])
             queries[:, piece] = q
-            part = linear_state(self._split(k), self._split(v), key_weight=weight)
+            k, v = self._split(k), self._split(v)
+            if narrow:
+                part = LinearState(*blocked_bf16.state_forward(k, v, "elu1"))
+            else:
+                weight = None if key_weight is None else key_weight[:, piece]
+                part = linear_state(k, v, key_weight=weight)
             state = part if state is None else state.merge(part)
         assert state is not None
-        if tokens < channels:  # folding costs as much as `channels` tokens do
+        if not narrow and tokens < channels:  # folding costs as much as `channels` tokens do
             return self.out(linear_read(self._split(queries), state, eps=_EPS).flatten(2))
-        g, bias = self.out(state.kv)
-        same = g.shape[-1] == queries.shape[-1] and not torch.is_grad_enabled()
-        out = queries if same else x.new_empty(batch, tokens, g.shape[-1])
-        for start in range(0, tokens, block):
-            piece = slice(start, min(start + block, tokens))
-            read = _normalized(self._split(queries[:, piece]), state.k_mean)
-            out[:, piece] = torch.baddbmm(bias, read.flatten(2).to(g.dtype), g)
+        read = self._reader(state, narrow)
+        same = self.out.out_features == queries.shape[-1] and not torch.is_grad_enabled()
+        out = queries if same else x.new_empty(batch, tokens, self.out.out_features)
+        for piece in pieces:
+            out[:, piece] = read(self._split(queries[:, piece]))
         return out
+
+    def _reader(self, state: LinearState, narrow: bool) -> Callable[[Tensor], Tensor]:
+        """What queries [B, N, H, D] give: [B, N, C], the output projection included."""
+        if narrow:
+            kv, m, count = state
+
+            def unfolded(q: Tensor) -> Tensor:
+                o = blocked_bf16.read_forward(q, kv, m, "elu1", "mean", _EPS, count)
+                return self.out(o.flatten(2))
+
+            return unfolded
+        g, bias = self.out(state.kv)
+        return lambda q: torch.baddbmm(bias, _normalized(q, state.k_mean).flatten(2).to(g.dtype), g)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # All parts are views of one product.
@@ -162,6 +182,13 @@ def _added(weight: Tensor) -> AddedLinear:
     )
     linear.weight.copy_(weight)
     return linear
+
+
+def _narrow(x: Tensor, key_weight: Tensor | None) -> bool:
+    """Whether the kernels of `blocked_bf16` serve; what they read is cheaper not folded."""
+    bf16 = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.bfloat16
+    plain = key_weight is None and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return bf16 and plain and blocked_bf16.BF16_PRODUCTS
 
 
 def _normalized(q: Tensor, k_mean: Tensor) -> Tensor:
