@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linfusion.attention.base import Method, self_attention, unsupported
@@ -39,13 +40,16 @@ class ResidualMLP(nn.Module):
             return
         self.first = nn.Linear(dim, mid)
         self.norm = nn.LayerNorm(mid)
-        self.act = nn.LeakyReLU(0.01)  # never in place: gradient checkpointing runs it twice
         self.last = nn.Linear(mid, dim)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + (x if self.mid == -1 else self.last(self.act(self.norm(self.first(x)))))
+        if self.mid == -1:
+            return x + x
+        # Never in place where there are gradients: checkpointing runs it twice.
+        t = F.leaky_relu(self.norm(self.first(x)), 0.01, inplace=not torch.is_grad_enabled())
+        return x + self.last(t)
 
 
 class FeatureMap(nn.Module):
