@@ -27,7 +27,7 @@ def method_of(weights: Any, marker: Any) -> str:
     """
     if weights is None:
         return marker["method"] if marker else NAME
-    from linfusion.weights import LinFusion
+    from linfusion.weights import LinFusion, unreadable
 
     if isinstance(weights, LinFusion):
         return str(weights.config["method"])
@@ -37,8 +37,8 @@ def method_of(weights: Any, marker: Any) -> str:
         return next(name for name in names() if get_method(name).read_file is not None)
     try:
         config: Any = LinFusion.load_config(weights)
-    except OSError:
-        return NAME  # student_of says what is missing
+    except OSError as error:
+        raise unreadable(weights, error) from error
     return config.get("method", NAME)
 
 

@@ -118,11 +118,7 @@ class LinFusion(ModelMixin, ConfigMixin):
         try:
             loaded: Any = super().from_pretrained(source, **kwargs)
         except OSError as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(
-                f"weights: cannot read {source} as a folder or hub repository with config.json and"
-                f" diffusion_pytorch_model.safetensors: {reason}"
-            ) from error
+            raise unreadable(source, error) from error
         model, info = loaded
         problems = [
             f"{kind}: {shorten(sorted(names))}."
@@ -412,3 +408,12 @@ def _stored_by_layer(side: LinFusion) -> dict[str, dict[str, Tensor]]:
             {from_numbered(k): t for k, t in own.items()} if side.layout == "numbered" else own
         )
     return layers
+
+
+def unreadable(source: Any, error: OSError) -> ValueError:
+    """That there is no student at a folder or hub name, and why."""
+    reason = str(error).strip().split("\n")[0]
+    return ValueError(
+        f"weights: cannot read {source} as a folder or hub repository with config.json and"
+        f" diffusion_pytorch_model.safetensors: {reason}"
+    )

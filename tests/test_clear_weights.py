@@ -176,6 +176,14 @@ def test_a_file_that_is_nowhere_is_refused(name):
         linfusion.linearize(tiny_flux(), "clear", weights=name)
 
 
+def test_a_folder_that_is_nowhere_is_refused_by_that_name():
+    model = tiny_flux()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="weights: cannot read /nowhere"):
+        linfusion.linearize(model, weights="/nowhere")
+    assert same(before, snapshot(model))
+
+
 def test_a_truncated_file_is_refused(tmp_path):
     file = official(tmp_path)
     file.write_bytes(file.read_bytes()[:-100])

@@ -219,6 +219,12 @@ def test_a_model_without_a_student_is_not_drawn_with(run, model, tmp_path):
     assert f"weights: {bare} has no student in its folder" in err
 
 
+def test_a_student_that_is_not_there_is_refused(run, model, tmp_path):
+    code, _, err = run("generate", PROMPT, "-m", model, "-w", "clear-9", "-o", tmp_path)
+    assert code == 2
+    assert f"weights: {model} has no student 'clear-9', and there is no such folder; it has" in err
+
+
 def test_summary_lists_every_layer(run, model):
     code, out, _ = run("summary", model, "--json")
     told = json.loads(out)

@@ -216,10 +216,20 @@ def put_student(
 
 
 def student_of(model: str, weights: str | None) -> str | None:
-    """What was given, or the student of that name in a local pipeline's folder, or its first."""
+    """What was given, or the student of that name in a local pipeline's folder, or its first.
+
+    Raises:
+        ValueError: it has students, but none of that name, which is no folder and no hub name.
+    """
     folder = Path(zoo.resolve(model)).expanduser()
     students = zoo.students(folder) if folder.is_dir() else {}
     if weights is not None:
+        name = students and weights not in students and "/" not in weights
+        if name and not Path(weights).exists():
+            raise ValueError(
+                f"weights: {model} has no student {weights!r}, and there is no such folder; it has"
+                f" {', '.join(students)}"
+            )
         return str(students.get(weights, weights))
     return str(next(iter(students.values()))) if students else None
 
