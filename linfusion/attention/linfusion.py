@@ -47,9 +47,11 @@ class ResidualMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mid == -1:
             return x + x
-        # Never in place where there are gradients: checkpointing runs it twice.
-        t = F.leaky_relu(self.norm(self.first(x)), 0.01, inplace=not torch.is_grad_enabled())
-        return x + self.last(t)
+        t = self.norm(self.first(x))
+        # Not in place where there are gradients: checkpointing runs it twice. What stands for a
+        # tensor, as in `bounded`, may be a view.
+        alone = type(t) is Tensor and not torch.is_grad_enabled()
+        return x + self.last(F.leaky_relu(t, 0.01, inplace=alone))
 
 
 class FeatureMap(nn.Module):

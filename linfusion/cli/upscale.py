@@ -143,7 +143,7 @@ def upscale(
     import linfusion
     from linfusion.pipelines.arguments import draw_arguments
     from linfusion.pipelines.budget import parse_bytes
-    from linfusion.pipelines.hosts import is_transformer
+    from linfusion.pipelines.hosts import image_to_image, is_transformer
 
     if memory_budget is not None:
         parse_bytes(memory_budget)
@@ -156,6 +156,7 @@ def upscale(
             token=token,
             device_map=device_map,
         )
+        image_to_image(pipe)  # refuses what cannot be taken further, whatever its attention
         for text in [prompt, *([negative_prompt] if negative_prompt else [])]:
             check_length(pipe, text)
         call |= draw_arguments(pipe, guidance_scale=guidance_scale, negative_prompt=negative_prompt)

@@ -53,6 +53,12 @@ def test_upscale_writes_the_picture_it_names(upscale, tmp_path):
     assert Image.open(file.with_name("x.preview.png")).size == (96, 72)
 
 
+def test_a_pipeline_of_videos_is_refused_as_what_it_is(upscale, tmp_path):
+    code, _, err = upscale(PROMPT, "-m", "zoo:emoji-video", "--size", 256, "-o", tmp_path / "x.png")
+    assert code == 2
+    assert "pipe: got LinGenPipeline; accepted is a text-to-image pipeline" in err
+
+
 def test_json_says_what_made_the_picture(upscale, tmp_path):
     picture = tmp_path / "small.png"
     tiny_image(size=64).save(picture)
