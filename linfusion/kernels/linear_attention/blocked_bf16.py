@@ -31,12 +31,15 @@ def state_forward(k: Tensor, v: Tensor, feature_map: str) -> tuple[Tensor, Tenso
     numel = block_numel(k, v)
     features, spare = (k.new_empty(numel) for _ in range(2))
     values = k.new_empty(numel // width * (width + 8))
+    x = values[:0]
     for b, n in blocks(k, v):
         y = _phi(k[b, n], feature_map, features, spare).flatten(0, 1)  # [bH, n, D]
-        x = v[b, n].transpose(1, 2)
-        x = values[: x.numel() // width * (width + 8)].view(*x.shape[:3], width + 8)
-        x[..., :width] = v[b, n].transpose(1, 2)
-        x[..., width:] = 1
+        v_heads = v[b, n].transpose(1, 2)
+        if x.shape[:-1] != v_heads.shape[:-1]:  # the blocks before keep their ones
+            x = values[: v_heads.numel() // width * (width + 8)]
+            x = x.view(*v_heads.shape[:-1], width + 8)
+            x[..., width:] = 1
+        x[..., :width] = v_heads
         total[b] += torch.bmm(y.mT, x.flatten(0, 1)).view(-1, heads, dim, width + 8)
     total /= tokens
     count = k.new_full((batch,), tokens, dtype=torch.float32)
