@@ -57,14 +57,16 @@ def attention(
     together = plan(grid, radius, count, dim, forward_tile(grid, radius, dtype))
     masks = Masks(radius, shape, together.tile, dtype, q.device, LANES)
     sizes = (together.queries, together.keys, together.keys)
-    # Zeros, as a tile may read past the last of its keys: a masked one must still be finite.
-    scratch = [torch.zeros(size, dtype=dtype, device=q.device) for size in sizes]
+    scratch = [torch.empty(size, dtype=dtype, device=q.device) for size in sizes]
     for b, heads, block in blocks_of(grid, radius, batch, count, together):
         part = Part(grid, heads, tiled, q.device)
         where = (block.queries, block.keys, block.keys)
         q_b, k_b, v_b = (
             part.read(x[b], at, into) for x, at, into in zip((q, k, v), where, scratch, strict=True)
         )
+        # A tile may read past the last of its keys: masked ones, that must be finite.
+        for x, copied in zip(scratch[1:], (k_b, v_b), strict=True):
+            x[copied.numel() : copied.numel() + (LANES - 1) * dim] = 0
         for group in block.groups:
             q_g = tiles(q_b, group.first, group.rows, group)  # [h, n, q, D]
             k_g, v_g = (tiles(x, group.key_first, group.key_rows, group, LANES) for x in (k_b, v_b))

@@ -31,6 +31,9 @@ TILES = {2: (4, 8), 3: (2, 4, 4)}
 # In float32, scores of half a tile and its halo fit a first-level cache of 32 KB up to this halo;
 # those of a whole one do not.
 HALVED, HALF = 7, (2, 8)
+# Tiles at an end of the grid see fewer keys, each in a call of its own: from three on, one tile of
+# all of them is quicker, up to this many queries.
+MERGED = 64
 # Keys of a tile come in multiples of this, or torch's flash kernel takes 5 % longer over the rest;
 # what is added is whatever follows in memory, masked.
 LANES = 16
@@ -140,7 +143,7 @@ def cut(grid: tuple[int, ...], halo: int, rows: int, tile: tuple[int, ...]) -> I
         around = tuple(_around(c, size, halo) for c, size in zip(columns, grid[1:], strict=True))
         for run in _ranges(grid[0], max(1, rows // height) * height):
             keys = _around(run, grid[0], halo)
-            groups = _groups(run, keys, grid[0], height, halo)
+            groups = _groups(run, keys, grid[0], height, halo, MERGED // math.prod(sides))
             yield Block((run, *columns), (keys, *around), groups)
 
 
@@ -152,7 +155,8 @@ def _around(part: slice, size: int, halo: int) -> slice:
     return slice(max(0, part.start - halo), min(size, part.stop + halo))
 
 
-def _groups(run: slice, keys: slice, size: int, height: int, halo: int) -> list[Group]:
+def _groups(run: slice, keys: slice, size: int, height: int, halo: int, most: int) -> list[Group]:
+    """The tiles of a run of rows, `height` rows each; merged ones have up to `most`."""
     alone = []
     for start in range(run.start, run.stop, height):
         tile = slice(start, min(start + height, run.stop))
@@ -167,11 +171,25 @@ def _groups(run: slice, keys: slice, size: int, height: int, halo: int) -> list[
                 skipped=max(0, halo - start),
             )
         )
+    top = [tile for tile in alone if tile.skipped]
+    bottom = [t for t in alone[len(top) :] if run.start + t.first + t.rows + halo > size]
+    inside = alone[len(top) : len(alone) - len(bottom)]
     groups = []
-    for _, alike in itertools.groupby(alone, key=lambda t: (t.rows, t.key_rows, t.skipped)):
-        first, *others = alike
-        groups.append(first._replace(tiles=1 + len(others)))
+    for tiles in (_merged(top, most), inside, _merged(bottom, most)):
+        for _, alike in itertools.groupby(tiles, key=lambda t: (t.rows, t.key_rows, t.skipped)):
+            first, *others = alike
+            groups.append(first._replace(tiles=1 + len(others)))
     return groups
+
+
+def _merged(tiles: list[Group], most: int) -> list[Group]:
+    """Three tiles or more, one below the other, as one of `most` rows of queries at the most."""
+    if len(tiles) < 3:
+        return tiles
+    first, last = tiles[0], tiles[-1]
+    rows = last.first + last.rows - first.first
+    key_rows = last.key_first + last.key_rows - first.key_first
+    return [first._replace(rows=rows, key_rows=key_rows)] if rows <= most else tiles
 
 
 class Masks:
@@ -192,6 +210,8 @@ class Masks:
         self.halo, self.lanes = reach(radius), lanes
         axes = len(tile)
         offsets = []
+        # As high as a merged tile: others are its first rows.
+        tile = (max(tile[0], MERGED // math.prod(tile[1:])), *tile[1:])
         for axis, side in enumerate(tile):
             query = torch.arange(side, device=device)
             key = torch.arange(-self.halo, side + self.halo, device=device)
