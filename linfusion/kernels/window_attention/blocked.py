@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linfusion.kernels.pages import empty_output
 from linfusion.kernels.window_attention.blocked_backward import attention_backward
 from linfusion.kernels.window_attention.blocks import (
     LANES,
@@ -49,7 +48,8 @@ def attention(
     """Output [B, N, H, D] and log-sum-exp [B, N, H]; arguments as for the operator."""
     if is_dense(grid, radius, shape):
         return _dense(q, k, v, k_all, v_all, grid, radius, shape, scale, tiled)
-    o = empty_output(q.shape, v.dtype, q.device)
+    # Huge pages would save little beside the products, and cost a fifth where memory is in pieces.
+    o = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=accumulator(q), device=q.device)
     dtype = _product_dtype(q)
     k_all, v_all = (_heads_first(x, dtype) for x in (k_all, v_all))  # [B, H, T, D]
@@ -123,7 +123,7 @@ def attend_by_products(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """`attend` where torch has no flash kernel that takes a bias and returns the log-sum-exp."""
-    o = empty_output(q.shape, v.dtype, q.device)
+    o = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=accumulator(q), device=q.device)
     k, v = k.to(lse.dtype), v.to(lse.dtype)
     step = max(1, SCORES // (k.shape[2] * q.shape[0] * q.shape[1]))
