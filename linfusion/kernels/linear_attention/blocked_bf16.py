@@ -1,7 +1,7 @@
 """Linear attention on CPUs that multiply bfloat16: the features are bfloat16 from the start.
 
 φ of a bfloat16 number is rounded once: of elu + 1's two terms one is always exact. So features are
-what float32 ones narrowed would be, for half the memory and without a copy. Sums over blocks keep
+what float32 ones narrowed would be, for half the memory. Sums over blocks keep
 float32. Differences would show what the state has rounded: gradients are taken by `blocked` from a
 state of its own.
 """
