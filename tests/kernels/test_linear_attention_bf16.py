@@ -49,6 +49,16 @@ def test_features_are_float32_ones_narrowed():
     assert ((found.transpose(1, 2).double() - truth).abs() <= truth * 2**-8).all()
 
 
+def test_features_of_numbers_at_the_ends():
+    inf = float("inf")
+    x = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, inf, -inf]).bfloat16()
+    nan = torch.tensor([0x7FC0, 0xFFC0 - 0x10000], dtype=torch.int16).view(torch.bfloat16)
+    x = torch.cat([x, nan])  # one of either sign
+    found = blocked_bf16._phi(x[None, :, None, None], "elu1", x.clone(), x.clone()).flatten()
+    truth = torch.where(x > 0, x + 1, x.exp())
+    assert torch.equal(found[:-2], truth[:-2]) and found[-2:].isnan().all()
+
+
 def test_gradients_are_those_of_a_float32_state(monkeypatch):
     monkeypatch.setattr(blocked_bf16, "BF16_PRODUCTS", True)
     q, k, v = (x.requires_grad_() for x in inputs(1, 700, 900, 8, 40, 40, dtype=torch.bfloat16))

@@ -84,9 +84,13 @@ def _phi(x: Tensor, feature_map: str, y: Tensor, t: Tensor) -> Tensor:
         return y_heads.copy_(x.transpose(1, 2))
     # In the order of x, which the caches are yet to see; what is copied then is near.
     y, t = _like(x, y), _like(x, t)
-    if feature_map == "elu1":
-        torch.clamp(x, max=0, out=y).exp_()
-        torch.clamp(x, min=0, out=t).add_(y)  # exp(min(x, 0)) + max(x, 0): one is 1 or 0
+    if feature_map == "elu1":  # exp(min(x, 0)) + max(x, 0): one is 1 or 0
+        # Bits of bfloat16 order as whole numbers on either side of 0, and clamp in a third of the
+        # time. A NaN passes through one of the two, by its sign.
+        bits = x.view(torch.int16)
+        torch.clamp(bits, max=0, out=y.view(torch.int16))
+        torch.clamp(bits, min=0, out=t.view(torch.int16))
+        t += y.exp_()
     else:
         torch.clamp(x, min=0, out=t)
         if feature_map == "relu_eps":
