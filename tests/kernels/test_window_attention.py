@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linfusion.kernels import TileOrder, window_attention
-from linfusion.kernels.window_attention import blocked, blocks
+from linfusion.kernels.window_attention import blocked, blocks, products
 
 # grid, radius: ragged, thin, one token, larger than the grid, 3-D
 SIZES = [
@@ -28,14 +28,24 @@ SIZES = [
 ]
 
 
-@pytest.fixture(params=["reference", "dense", "tiles"])
+@pytest.fixture(params=["reference", "dense", "tiles", "products"])
 def impl(request, monkeypatch) -> str:
     """Every implementation; of `blocked`, which takes few tokens at once, also its tiles."""
     if request.param == "reference":
         return "reference"
-    if request.param == "tiles":
+    if request.param in ("tiles", "products"):
         monkeypatch.setattr(blocks, "SMALL", 0)
+        use(monkeypatch, request.param == "products")
     return "blocked"
+
+
+def use(monkeypatch, by_products: bool) -> None:
+    """Whether tiles are attended by products, whatever CPU this is."""
+
+    def applies(device: torch.device, dtype: torch.dtype) -> bool:
+        return by_products and dtype in products.SUMS
+
+    monkeypatch.setattr(blocked, "applies", applies)
 
 
 def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -290,13 +300,16 @@ def test_nothing_uninitialised_is_read(monkeypatch):
         assert all(y.isfinite().all() for y in gradients("blocked", (13, 21), x, radius=4))
 
 
-def test_a_column_of_tiles_is_all_that_is_held():
+@pytest.mark.parametrize("by_products", [False, True])
+def test_a_column_of_tiles_is_all_that_is_held(monkeypatch, by_products):
+    use(monkeypatch, by_products)
+    monkeypatch.setattr(products, "SCORES", 1)  # bytes; one tile's at least
     sizes: dict[int, int] = {}
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            for x in torch.utils._pytree.tree_leaves(out):
+            for x in filter(torch.is_tensor, torch.utils._pytree.tree_leaves(out)):
                 sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return out
 

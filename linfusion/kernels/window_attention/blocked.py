@@ -2,9 +2,9 @@
 
 Queries of a tile see the keys of the tile and of a halo around it, so work is O(N r²). Queries,
 keys and values of a block of tiles are copied, heads first, to where the keys of each tile are
-consecutive rows, and a whole group of tiles is then one call of attention with one mask. What every
-query sees (text, pooled tokens) is a second call, merged by log-sum-exp. Nothing as long as the
-tokens is allocated but the output.
+consecutive rows, and a whole group of tiles is then one call of attention with one mask, or some
+products (`Products`). What every query sees (text, pooled tokens) is a second call, merged by
+log-sum-exp. Nothing as long as the tokens is allocated but the output.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linfusion.kernels.window_attention import order
 from linfusion.kernels.window_attention.blocked_backward import attention_backward
 from linfusion.kernels.window_attention.blocks import (
     LANES,
@@ -26,6 +27,7 @@ from linfusion.kernels.window_attention.blocks import (
     tiles,
 )
 from linfusion.kernels.window_attention.common import accumulator
+from linfusion.kernels.window_attention.products import Products, applies
 
 __all__ = ["attention", "attention_backward"]
 
@@ -54,7 +56,9 @@ def attention(
     dtype = _product_dtype(q)
     k_all, v_all = (_heads_first(x, dtype) for x in (k_all, v_all))  # [B, H, T, D]
     batch, _, count, dim = q.shape
-    together = plan(grid, radius, count, dim, forward_tile(grid, radius, dtype))
+    products = Products(scale) if applies(q.device, dtype) else None
+    tile = order.TILES[len(grid)] if products else forward_tile(grid, radius, dtype)
+    together = plan(grid, radius, count, dim, tile)
     masks = Masks(radius, shape, together.tile, dtype, q.device, LANES)
     sizes = (together.queries, together.keys, together.keys)
     scratch = [torch.empty(size, dtype=dtype, device=q.device) for size in sizes]
@@ -70,13 +74,18 @@ def attention(
         for group in block.groups:
             q_g = tiles(q_b, group.first, group.rows, group)  # [h, n, q, D]
             k_g, v_g = (tiles(x, group.key_first, group.key_rows, group, LANES) for x in (k_b, v_b))
-            o_g, lse_g = attend(q_g, k_g, v_g, masks.of(block, group), scale)
+            bias = masks.of(block, group)
+            found = products.of_tiles(q_g, k_g, v_g, bias) if products else None
+            if found is None:
+                products = None  # scores of one group are much like those of the next
+                found = attend(q_g, k_g, v_g, bias, scale)
+            o_g, lse_g = found
             if k_all.shape[2]:
-                whole = q_g.flatten(1, 2)[:, None]  # [h, 1, nq, D]
-                o_e, lse_e = attend(
-                    whole, k_all[b, heads, None], v_all[b, heads, None], None, scale
-                )
-                o_e, lse_e = o_e.view(q_g.shape), lse_e.view(q_g.shape[:3])
+                whole, k_h, v_h = q_g.flatten(1, 2), k_all[b, heads], v_all[b, heads]
+                found = products.of_all(whole, k_h, v_h) if products else None
+                if found is None:
+                    found = attend(whole[:, None], k_h[:, None], v_h[:, None], None, scale)
+                o_e, lse_e = found[0].view(q_g.shape).to(o_g.dtype), found[1].view(lse_g.shape)
                 o_g = torch.lerp(o_g, o_e, (lse_e - lse_g).sigmoid_().to(o_g.dtype)[..., None])
                 lse_g = torch.logaddexp(lse_g, lse_e)
             part.write(o[b], block.where(group), o_g, group.tiles)

@@ -1,0 +1,153 @@
+"""Attention of tiles by batched products, where that beats torch's flash kernel for CPUs.
+
+That kernel multiplies one tile at a time through MKL, which has nothing for bfloat16 and half of
+AVX-512 on CPUs it was not made for. Here as many tiles as fit the caches are one product of oneDNN,
+and between the products are a few sweeps over their scores. No maximum is taken off these, as those
+of trained models are small; whether they were is seen from their sums.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LN_2 = math.log(2)
+SCORES = 1 << 21  # at a time, in bytes: what the caches of two cores hold beside their factors
+# Between which sums of 2^score have lost nothing. In bfloat16, where all scores that count are then
+# below 32, what their rounding took is below 1/16, and its square is no more than another rounding.
+SUMS = {torch.float32: (2.0**-60, 2.0**60), torch.bfloat16: (2.0**-24, 2.0**32)}
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+_BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+_AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # where MKL has all there is
+
+
+def applies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products in that dtype are the faster way."""
+    if device.type != "cpu" or not _BF16 or _AMX:
+        return False
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and _onednn_is_exact())
+
+
+@contextmanager
+def _onednn() -> Iterator[None]:
+    """float32 products are oneDNN's, which torch takes where those of fewer bits would do.
+
+    Without AMX there are none of fewer bits, so they are exact; `applies` has seen to both.
+    """
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    if settings.fp32_precision != "none":  # somebody's choice
+        yield
+        return
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = "none"
+
+
+@functools.cache
+def _onednn_is_exact() -> bool:
+    if not hasattr(torch.backends.mkldnn, "matmul"):  # before torch 2.9
+        return False
+    x = torch.full((1, 64, 64), 1 + 2.0**-20)
+    with _onednn():
+        return torch.equal(torch.bmm(x, torch.eye(64)[None]), x)
+
+
+class Products:
+    """Softmax attention, with scratch that is allocated once.
+
+    What its methods return is float32, and None where scores are too large or too small for them.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.alpha = scale / LN_2
+        self._bias: Tensor | None = None
+        self._scratch: dict[str, Tensor] = {}
+
+    def of_tiles(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Of q [h, n, q, D] over k, v [h, n, K, D], with a bias [q, K] of 0 and -inf.
+
+        Returns:
+            Output [h, n, q, D] and log-sum-exp [h, n, q].
+        """
+        if bias is not self._bias:  # most tiles are like the one before
+            seen = torch.where(bias.mT == 0, -1, 0).to(_BITS[q.dtype])
+            self._bias, self._seen = bias, seen.contiguous()  # [K, q]
+        heads, tiles = q.shape[:2]
+        o, sums = self._results(q, v)
+        step = max(1, SCORES // (bias.numel() * bias.element_size()))
+        together = max(1, step // tiles)
+        with _onednn():
+            for i in range(0, heads, together):
+                for j in range(0, tiles, step):
+                    part = slice(i, i + together), slice(j, j + step)
+                    # Overlapping tiles would be copied for every product.
+                    q_p, k_p, v_p = (
+                        self._like(name, x[part]).copy_(x[part]).flatten(0, 1)
+                        for name, x in (("q", q), ("k", k), ("v", v))
+                    )
+                    o_p, sums_p = o[part].flatten(0, 1), sums[part].flatten(0, 1)
+                    self._attend(q_p, k_p, v_p, self._seen, o_p, sums_p)
+        return _divided(o, sums)
+
+    def of_all(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Of q [h, N, D] over all of k, v [h, K, D].
+
+        Returns:
+            Output [h, N, D] and log-sum-exp [h, N].
+        """
+        o, sums = self._results(q, v)
+        step = max(1, SCORES // (len(k) * k.shape[1] * k.element_size()))
+        with _onednn():
+            for j in range(0, q.shape[1], step):
+                n = slice(j, j + step)
+                self._attend(q[:, n], k, v, None, o[:, n], sums[:, n])
+        return _divided(o, sums)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, o: Tensor, sums: Tensor
+    ) -> None:
+        """Put Σ exp(scale q kᵀ) v in o [n, q, D] and the sum of those weights in sums [n, q]."""
+        # [n, K, q]: keys come first as oneDNN packs the second of two factors, and they are more.
+        p = self._like("scores", q, (len(q), k.shape[1], q.shape[1]))
+        torch.baddbmm(p, k, q.mT, beta=0, alpha=self.alpha, out=p)
+        if p.dtype == torch.bfloat16:
+            # With r, what rounding took, 2^(p + r) is 2^p (1 + r ln 2).
+            r = self._like("rest", p).copy_(p)
+            torch.baddbmm(r, k, q.mT, beta=-1, alpha=self.alpha, out=r)
+            p.exp2_().addcmul_(p, r, value=LN_2)
+        else:
+            p.exp2_()
+        if seen is not None:
+            p.view(seen.dtype).bitwise_and_(seen)
+        torch.sum(p, 1, dtype=torch.float32, out=sums)
+        torch.bmm(p.mT, v, out=o)
+
+    def _results(self, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(
+            q.shape[:-1], dtype=torch.float32
+        )
+
+    def _like(self, name: str, x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+        shape = x.shape if shape is None else shape
+        numel = math.prod(shape)
+        if name not in self._scratch or self._scratch[name].numel() < numel:
+            self._scratch[name] = x.new_empty(numel)
+        return self._scratch[name][:numel].view(shape)
+
+
+def _divided(o: Tensor, sums: Tensor) -> tuple[Tensor, Tensor] | None:
+    least, most = SUMS[o.dtype]
+    low, high = (x.item() for x in sums.aminmax())
+    if not (least < low and high < most):  # nor if one is NaN
+        return None
+    return o.float().div_(sums[..., None]), sums.log_()

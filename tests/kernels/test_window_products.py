@@ -1,0 +1,148 @@
+"""Window attention by batched products: what they compute, and when they are not taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from linfusion.kernels import TileOrder, window_attention
+from linfusion.kernels.window_attention import blocked, blocks, products
+from tests.kernels.test_window_attention import SIZES, error, inputs, pair, use
+
+GRID, RADIUS = (13, 21), 4.5
+LIMITS = {torch.float32: 1e-6, torch.bfloat16: 5e-3}
+
+
+@pytest.fixture(autouse=True)
+def found(monkeypatch) -> list[bool]:
+    """Whether products served, for each call of them."""
+    served = []
+
+    def watched(method):
+        def call(*args):
+            result = method(*args)
+            served.append(result is not None)
+            return result
+
+        return call
+
+    for name in ("of_tiles", "of_all"):
+        method = watched(getattr(products.Products, name))
+        monkeypatch.setattr(products.Products, name, method)
+    monkeypatch.setattr(blocks, "SMALL", 0)
+    use(monkeypatch, True)
+    return served
+
+
+def attend(x: list[Tensor], grid=GRID, radius=RADIUS, impl="blocked", **options):
+    context = x[3:] or None
+    return window_attention(
+        *x[:3], grid=grid, radius=radius, context=context, return_lse=True, impl=impl, **options
+    )
+
+
+def check(x: list[Tensor], limit: float, **options) -> None:
+    o, lse = attend(x, **options)
+    truth, true_lse = attend([y.double() for y in x], impl="reference", **options)
+    assert o.dtype == x[2].dtype
+    assert error(o, truth) < limit
+    # A weight is rounded twice, and what is left out of it is as small: 3/512, of the largest alone.
+    assert (lse - true_lse).abs().max() < (limit if x[0].dtype == torch.float32 else 2**-7)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("scores", [1, products.SCORES], ids=["a tile at a time", "many"])
+@pytest.mark.parametrize("grid, radius", SIZES)
+def test_they_are_the_definition(grid, radius, dtype, scores, monkeypatch, found):
+    monkeypatch.setattr(products, "SCORES", scores)
+    check(inputs(grid, dtype, dim=32), LIMITS[dtype], grid=grid, radius=radius)
+    assert all(found)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("order", [None, TileOrder(GRID)], ids=["raster", "tile order"])
+def test_every_query_sees_the_context(dtype, order, found):
+    x = [*inputs(GRID, dtype, dim=32), *pair(20, seed=7, dtype=dtype, dim=32)]
+    check(x, LIMITS[dtype], order=order)
+    assert len(found) > 2 and all(found)
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("size", [40.0, -40.0])
+def test_scores_out_of_range_go_to_the_flash_kernel(dtype, size, found, monkeypatch):
+    q, k, v = inputs(GRID, dtype, dim=32)
+    q[..., 0], k[..., 0] = 32**0.5, size if dtype == torch.bfloat16 else 2 * size
+    check([q, k, v], 20 * LIMITS[dtype])  # of a score of 80, float32 has lost as much
+    assert found == [False]  # and no more are tried
+    expected = attend([q, k, v])
+    use(monkeypatch, False)
+    assert error(expected[0], attend([q, k, v])[0]) < LIMITS[dtype]
+
+
+def test_scores_that_bfloat16_rounds_count_with_all_their_bits(found):
+    x = inputs(GRID, torch.bfloat16, dim=32)
+    x[0] *= 4  # up to 16: rounded, they would be up to 1/32 off
+    check(x, LIMITS[torch.bfloat16])
+    assert all(found)
+
+
+def test_what_is_not_a_number_is_not_hidden():
+    q, k, v = inputs(GRID, torch.float32)
+    q[0, 5, 1] = float("nan")
+    o, lse = attend([q, k, v])
+    assert o[0, 5, 1].isnan().all() and lse[0, 5, 1].isnan()
+    assert o.isnan().any(-1).sum() == 1
+
+
+# Float32 by oneDNN
+
+
+def test_a_setting_is_put_back():
+    settings = torch.backends.mkldnn.matmul
+    with pytest.raises(KeyError), products._onednn():
+        assert settings.fp32_precision == "bf16"
+        raise KeyError
+    assert settings.fp32_precision == "none"
+
+
+def test_a_choice_of_the_users_is_kept():
+    settings = torch.backends.mkldnn.matmul
+    settings.fp32_precision = "ieee"
+    try:
+        with products._onednn():
+            assert settings.fp32_precision == "ieee"
+        assert settings.fp32_precision == "ieee"
+    finally:
+        settings.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(
+    "bf16, amx, exact, dtypes",
+    [
+        (True, False, True, [torch.float32, torch.bfloat16]),
+        (True, False, False, [torch.bfloat16]),
+        (True, True, True, []),
+        (False, False, True, []),
+    ],
+)
+def test_where_they_are_taken(monkeypatch, bf16, amx, exact, dtypes):
+    monkeypatch.setattr(products, "_BF16", bf16)
+    monkeypatch.setattr(products, "_AMX", amx)
+    monkeypatch.setattr(products, "_onednn_is_exact", lambda: exact)
+    every = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    cpu = torch.device("cpu")
+    assert [dtype for dtype in every if products.applies(cpu, dtype)] == dtypes
+    assert not any(products.applies(torch.device("cuda"), dtype) for dtype in every)
+
+
+def test_float32_products_are_exact_where_they_are_taken():
+    if products.applies(torch.device("cpu"), torch.float32):
+        x, y = inputs((1, 40), torch.float32, dim=64)[:2]
+        x, y = x.flatten(0, 1).mT, y.flatten(0, 1)
+        with products._onednn():
+            found = torch.bmm(x, y)
+        assert error(found, torch.bmm(x.double(), y.double())) < 1e-6
+    else:
+        assert not (products._BF16 and not products._AMX and products._onednn_is_exact())
+    assert blocked.applies is not products.applies  # that of these tests
