@@ -47,7 +47,7 @@ def check(x: list[Tensor], limit: float, **options) -> None:
     truth, true_lse = attend([y.double() for y in x], impl="reference", **options)
     assert o.dtype == x[2].dtype
     assert error(o, truth) < limit
-    # A weight is rounded twice, and what is left out of it is as small: 3/512, of the largest alone.
+    # Weights are rounded twice, and what is left out of them is as small: 3/512 of the largest.
     assert (lse - true_lse).abs().max() < (limit if x[0].dtype == torch.float32 else 2**-7)
 
 
