@@ -34,6 +34,7 @@ def _build(mixer: str) -> LinGenTransformer3DModel:
         pos_embed_size=(3 * BLOCK, 8, 8),
         d_state=32,
         expand=1,
+        tesa_window=(16, 4, 4),
         causal_blocks=True,
         block_frames=BLOCK,
         time_positions="block",
