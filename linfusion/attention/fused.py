@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linfusion.kernels import LinearState, linear_read, linear_state
+from linfusion.kernels import LinearState, linear_read, linear_state, onednn
 from linfusion.kernels.linear_attention import blocked_bf16
 
 if TYPE_CHECKING:
@@ -86,6 +86,12 @@ class FusedLayer(nn.Module):
 
     def forward(self, x: Tensor, key_weight: Tensor | None = None) -> Tensor:
         """[B, N, C] -> [B, N, C], the output projection and its bias included."""
+        if _plain(x, torch.float32) and onednn.serves():
+            with onednn.float32_products():
+                return self._forward(x, key_weight)
+        return self._forward(x, key_weight)
+
+    def _forward(self, x: Tensor, key_weight: Tensor | None) -> Tensor:
         batch, tokens, channels = x.shape
         block = _GPU_BLOCK
         if x.device.type == "cpu":
@@ -186,9 +192,13 @@ def _added(weight: Tensor) -> AddedLinear:
 
 def _narrow(x: Tensor, key_weight: Tensor | None) -> bool:
     """Whether the kernels of `blocked_bf16` serve; what they read is cheaper not folded."""
-    bf16 = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.bfloat16
-    plain = key_weight is None and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    return bf16 and plain and blocked_bf16.BF16_PRODUCTS
+    return _plain(x, torch.bfloat16) and key_weight is None and blocked_bf16.BF16_PRODUCTS
+
+
+def _plain(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether x is of that dtype, on the CPU, and nothing differentiates or traces what is done."""
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return type(x) is Tensor and x.device.type == "cpu" and x.dtype == dtype and not watched
 
 
 def _normalized(q: Tensor, k_mean: Tensor) -> Tensor:

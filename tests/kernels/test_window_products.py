@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from linfusion.kernels import TileOrder, window_attention
-from linfusion.kernels.window_attention import blocked, blocks, products
+from linfusion.kernels import TileOrder, onednn, window_attention
+from linfusion.kernels.window_attention import blocks, products
 from tests.kernels.test_window_attention import SIZES, error, inputs, pair, use
 
 GRID, RADIUS = (13, 21), 4.5
@@ -95,28 +95,6 @@ def test_what_is_not_a_number_is_not_hidden():
     assert o.isnan().any(-1).sum() == 1
 
 
-# Float32 by oneDNN
-
-
-def test_a_setting_is_put_back():
-    settings = torch.backends.mkldnn.matmul
-    with pytest.raises(KeyError), products._onednn():
-        assert settings.fp32_precision == "bf16"
-        raise KeyError
-    assert settings.fp32_precision == "none"
-
-
-def test_a_choice_of_the_users_is_kept():
-    settings = torch.backends.mkldnn.matmul
-    settings.fp32_precision = "ieee"
-    try:
-        with products._onednn():
-            assert settings.fp32_precision == "ieee"
-        assert settings.fp32_precision == "ieee"
-    finally:
-        settings.fp32_precision = "none"
-
-
 @pytest.mark.parametrize(
     "bf16, amx, exact, dtypes",
     [
@@ -127,22 +105,10 @@ def test_a_choice_of_the_users_is_kept():
     ],
 )
 def test_where_they_are_taken(monkeypatch, bf16, amx, exact, dtypes):
-    monkeypatch.setattr(products, "_BF16", bf16)
-    monkeypatch.setattr(products, "_AMX", amx)
-    monkeypatch.setattr(products, "_onednn_is_exact", lambda: exact)
+    monkeypatch.setattr(onednn, "AVX512_BF16", bf16)
+    monkeypatch.setattr(onednn, "AMX", amx)
+    monkeypatch.setattr(onednn, "_is_exact", lambda: exact)
     every = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     cpu = torch.device("cpu")
     assert [dtype for dtype in every if products.applies(cpu, dtype)] == dtypes
     assert not any(products.applies(torch.device("cuda"), dtype) for dtype in every)
-
-
-def test_float32_products_are_exact_where_they_are_taken():
-    if products.applies(torch.device("cpu"), torch.float32):
-        x, y = inputs((1, 40), torch.float32, dim=64)[:2]
-        x, y = x.flatten(0, 1).mT, y.flatten(0, 1)
-        with products._onednn():
-            found = torch.bmm(x, y)
-        assert error(found, torch.bmm(x.double(), y.double())) < 1e-6
-    else:
-        assert not (products._BF16 and not products._AMX and products._onednn_is_exact())
-    assert blocked.applies is not products.applies  # that of these tests

@@ -1,21 +1,19 @@
 """Attention of tiles by batched products, where that beats torch's flash kernel for CPUs.
 
-That kernel multiplies one tile at a time through MKL, which has nothing for bfloat16 and half of
-AVX-512 on CPUs it was not made for. Here as many tiles as fit the caches are one product of oneDNN,
-and between the products are a few sweeps over their scores. No maximum is taken off these, as those
-of trained models are small; whether they were is seen from their sums.
+That kernel multiplies one tile at a time through MKL, which on CPUs it was not made for has no
+instructions for bfloat16 and slow ones for float32. Here as many tiles as fit the caches are one
+product of oneDNN, and between the products are a few sweeps over their scores. No maximum is taken
+off these, as those of trained models are small; whether they were is seen from their sums.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from linfusion.kernels import onednn
 
 LN_2 = math.log(2)
 SCORES = 1 << 21  # at a time, in bytes: what the caches of two cores hold beside their factors
@@ -23,41 +21,13 @@ SCORES = 1 << 21  # at a time, in bytes: what the caches of two cores hold besid
 # below 32, what their rounding took is below 1/16, and its square is no more than another rounding.
 SUMS = {torch.float32: (2.0**-60, 2.0**60), torch.bfloat16: (2.0**-24, 2.0**32)}
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-_BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-_AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # where MKL has all there is
 
 
 def applies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products in that dtype are the faster way."""
-    if device.type != "cpu" or not _BF16 or _AMX:
+    if device.type != "cpu" or not onednn.AVX512_BF16 or onednn.AMX:
         return False
-    return dtype == torch.bfloat16 or (dtype == torch.float32 and _onednn_is_exact())
-
-
-@contextmanager
-def _onednn() -> Iterator[None]:
-    """float32 products are oneDNN's, which torch takes where those of fewer bits would do.
-
-    Without AMX there are none of fewer bits, so they are exact; `applies` has seen to both.
-    """
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    if settings.fp32_precision != "none":  # somebody's choice
-        yield
-        return
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = "none"
-
-
-@functools.cache
-def _onednn_is_exact() -> bool:
-    if not hasattr(torch.backends.mkldnn, "matmul"):  # before torch 2.9
-        return False
-    x = torch.full((1, 64, 64), 1 + 2.0**-20)
-    with _onednn():
-        return torch.equal(torch.bmm(x, torch.eye(64)[None]), x)
+    return dtype == torch.bfloat16 or (dtype == torch.float32 and onednn.serves())
 
 
 class Products:
@@ -86,7 +56,7 @@ class Products:
         o, sums = self._results(q, v)
         step = max(1, SCORES // (bias.numel() * bias.element_size()))
         together = max(1, step // tiles)
-        with _onednn():
+        with onednn.float32_products():
             for i in range(0, heads, together):
                 for j in range(0, tiles, step):
                     part = slice(i, i + together), slice(j, j + step)
@@ -107,7 +77,7 @@ class Products:
         """
         o, sums = self._results(q, v)
         step = max(1, SCORES // (len(k) * k.shape[1] * k.element_size()))
-        with _onednn():
+        with onednn.float32_products():
             for j in range(0, q.shape[1], step):
                 n = slice(j, j + step)
                 self._attend(q[:, n], k, v, None, o[:, n], sums[:, n])
