@@ -42,7 +42,7 @@ def impl(request, monkeypatch) -> str:
 def use(monkeypatch, by_products: bool) -> None:
     """Whether tiles are attended by products, whatever CPU this is."""
 
-    def applies(device: torch.device, dtype: torch.dtype) -> bool:
+    def applies(q: Tensor, dtype: torch.dtype) -> bool:
         return by_products and dtype in products.SUMS
 
     monkeypatch.setattr(blocked, "applies", applies)

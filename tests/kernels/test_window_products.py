@@ -62,8 +62,9 @@ def test_they_are_the_definition(grid, radius, dtype, scores, monkeypatch, found
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("order", [None, TileOrder(GRID)], ids=["raster", "tile order"])
-def test_every_query_sees_the_context(dtype, order, found):
-    x = [*inputs(GRID, dtype, dim=32), *pair(20, seed=7, dtype=dtype, dim=32)]
+@pytest.mark.parametrize("count", [1, 20, 33])
+def test_every_query_sees_the_context(dtype, order, count, found):
+    x = [*inputs(GRID, dtype, dim=32), *pair(count, seed=7, dtype=dtype, dim=32)]
     check(x, LIMITS[dtype], order=order)
     assert len(found) > 2 and all(found)
 
@@ -109,6 +110,7 @@ def test_where_they_are_taken(monkeypatch, bf16, amx, exact, dtypes):
     monkeypatch.setattr(onednn, "AMX", amx)
     monkeypatch.setattr(onednn, "_is_exact", lambda: exact)
     every = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    cpu = torch.device("cpu")
-    assert [dtype for dtype in every if products.applies(cpu, dtype)] == dtypes
-    assert not any(products.applies(torch.device("cuda"), dtype) for dtype in every)
+    q = torch.empty(products.LEAST, dtype=torch.uint8)
+    assert [dtype for dtype in every if products.applies(q, dtype)] == dtypes
+    assert not any(products.applies(q[1:], dtype) for dtype in every)
+    assert not any(products.applies(q.to("meta"), dtype) for dtype in every)

@@ -56,7 +56,7 @@ def attention(
     dtype = _product_dtype(q)
     k_all, v_all = (_heads_first(x, dtype) for x in (k_all, v_all))  # [B, H, T, D]
     batch, _, count, dim = q.shape
-    products = Products(scale) if applies(q.device, dtype) else None
+    products = Products(scale, dtype) if applies(q, dtype) else None
     tile = order.TILES[len(grid)] if products else forward_tile(grid, radius, dtype)
     together = plan(grid, radius, count, dim, tile)
     masks = Masks(radius, shape, together.tile, dtype, q.device, LANES)
