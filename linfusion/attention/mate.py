@@ -6,7 +6,8 @@ inside small windows (TESA). It takes the place of self-attention in a diffusion
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from linfusion.attention.tesa import TESA
 
 PLACEMENTS = ("front", "both", "none")
 MIXES = ("sum", "gated")
+RUN = 4096  # tokens at a time of what needs no state: 4 MB of 256 channels, for the caches
 
 
 class LayerState(NamedTuple):
@@ -28,7 +30,8 @@ class LayerState(NamedTuple):
         frames: how many came before.
         conv: tail of the convolution, [B, conv_dim, d_conv - 1].
         ssm: state of the forward scan, [B, H, P, N], float32.
-        halo: input of the last frames, at most t - 1 for a window of t, [B, F, H, W, C].
+        halo: input of the frames that the next block's windows began with, [B, F, H, W, C], fewer
+            than t for a window of t; None for none.
         review: the last pooled frames, at most `review_memory`, [B, F, H', W', C].
     """
 
@@ -181,21 +184,24 @@ class MATE(nn.Module):
             raise ValueError("blocks: 'hydra' sees what is to come; expected None, or 'flip_sum'")
         if not blocks or min(blocks) < 1 or sum(blocks) != grid[0]:
             raise ValueError(f"blocks: got {tuple(blocks)}, expected {grid[0]} frames in all")
+        state = past or LayerState(0, None, None, None, None)
         mixed = []
-        for block in video.split(list(blocks), 1):
-            y, past = self._block(block, past)
-            mixed.append(y)
-        assert past is not None
+        for run, part in _runs(video, blocks):
+            te, halo = None, None
+            if self.te is not None:  # of several blocks at once: it needs no state but frames
+                te = self.te(part, state.halo, state.frames, run)
+                halo = _last(state.halo, part, self.te.reach(state.frames + part.shape[1]))
+            for i, block in enumerate(part.split(run, 1)):
+                ma, state = self._scan_block(block, state)
+                mixed.append(self._mixed(block, ma, None if te is None else te.split(run, 1)[i]))
+            state = state._replace(halo=halo)
         out = torch.cat(mixed, 1)
-        return (out, past) if return_state else out
+        return (out, state) if return_state else out
 
-    def _block(self, video: Tensor, past: LayerState | None) -> tuple[Tensor, LayerState]:
-        """One block [B, T, H, W, C] -> [B, T·H·W, C] and the state after it."""
-        frames, conv, ssm, halo, review = past or LayerState(0, None, None, None, None)
-        ma = te = None
-        if self.te is not None:
-            te = self.te(video, halo, frames)
-            halo = _last(halo, video, self.te.window[0] - 1)
+    def _scan_block(self, video: Tensor, past: LayerState) -> tuple[Tensor | None, LayerState]:
+        """MA of one block [B, T, H, W, C], and the state after it, with the halo from before."""
+        frames, conv, ssm, _, review = past
+        ma = None
         if self.ma is not None:
             pooled = self._pooled(video)
             seen = pooled
@@ -210,8 +216,7 @@ class MATE(nn.Module):
                 lead=lead,
                 lead_first=self.review_placement == "both",
             )
-        after = LayerState(frames + video.shape[1], conv, ssm, halo, review)
-        return self._mixed(video, ma, te), after
+        return ma, LayerState(frames + video.shape[1], conv, ssm, past.halo, review)
 
     def _pooled(self, video: Tensor) -> Tensor | None:
         return None if self.review_placement == "none" else pool(video, self.review_pool)
@@ -237,6 +242,18 @@ class MATE(nn.Module):
             shares = weights.split(1, -1)[0 if ma is not None else 1 :]
             branches = [y * share for y, share in zip(branches, shares, strict=False)]
         return sum(branches[1:], branches[0]).flatten(1, 3)
+
+
+def _runs(video: Tensor, blocks: Sequence[int]) -> Iterator[tuple[list[int], Tensor]]:
+    """Blocks in a row, RUN tokens or one block, as their sizes and their frames of the video."""
+    run: list[int] = []
+    start = 0
+    for i, size in enumerate(blocks):
+        run.append(size)
+        frames = sum(run)
+        if i + 1 == len(blocks) or frames * math.prod(video.shape[2:4]) * len(video) >= RUN:
+            yield run, video[:, start : start + frames]
+            run, start = [], start + frames
 
 
 def pool(x: Tensor, size: tuple[int, int, int]) -> Tensor:

@@ -7,6 +7,7 @@ there is no padding and no mask, so that every backend of diffusers serves it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,19 +74,26 @@ class TESA(nn.Module):
         self.norm_q = nn.RMSNorm(head, eps=1e-6) if qk_norm else None
         self.norm_k = nn.RMSNorm(head, eps=1e-6) if qk_norm else None
 
-    def forward(self, x: Tensor, past: Tensor | None = None, start: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        past: Tensor | None = None,
+        start: int | None = None,
+        blocks: Sequence[int] | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
-            x: [B, T, H, W, C]; with `start`, one block of frames.
-            past: frames that came before, [B, F, H, W, C], F at least min(start, t - 1).
+            x: [B, T, H, W, C]; with `start`, one block of frames, or several.
+            past: frames that came before, [B, F, H, W, C], F at least `reach(start)`.
             start: how many frames came before. None: x is the whole video.
+            blocks: frames of each block, T in all; with `start` alone. None: one block.
 
         Returns:
             [B, T, H, W, C].
 
         Raises:
-            ValueError: x or the past has another shape, or the past is too short.
+            ValueError: x, the past or blocks have other shapes, or the past is too short.
         """
         if x.dim() != 5 or x.shape[-1] != self.to_q.in_features:
             raise ValueError(
@@ -96,26 +104,44 @@ class TESA(nn.Module):
                 f"past: got {tuple(past.shape)} with start {start}, expected frames like those of"
                 f" x, {tuple(x.shape)}, and a start"
             )
-        frames, *rest = (
-            _whole(size, window, outside)
-            for size, window, outside in zip(x.shape[1:4], self.window, self.outside, strict=True)
-        )
+        frames = x.shape[1]
+        if blocks is not None:
+            fit = sum(blocks) == frames and all(size > 0 for size in blocks)
+            if start is None or not fit:
+                raise ValueError(
+                    f"blocks: got {tuple(blocks)} with start {start}, expected {frames} frames in"
+                    " all, and a start"
+                )
+        seen = 0 if start is None else self.reach(start)
         source = x
-        if start is not None:
-            frames = _block(x.shape[1], self.window[0], self.outside[0], start)
-            seen = frames[0].before
-            if seen:
-                if past is None or past.shape[1] < seen:
-                    got = "none" if past is None else past.shape[1]
-                    raise ValueError(f"past: got {got} frames, expected at least {seen}")
-                source = torch.cat([past[:, -seen:].to(x.dtype), x], 1)
+        if seen:
+            if past is None or past.shape[1] < seen:
+                got = "none" if past is None else past.shape[1]
+                raise ValueError(f"past: got {got} frames, expected at least {seen}")
+            source = torch.cat([past[:, -seen:].to(x.dtype), x], 1)
         q, k, v = (
             project(t).unflatten(-1, (self.heads, -1))
             for project, t in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
         )
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
-        return self.to_out[0](_attend(q, k, v, [frames, *rest]).flatten(4))
+        time, *rest = (
+            _whole(size, window, outside)
+            for size, window, outside in zip(x.shape[1:4], self.window, self.outside, strict=True)
+        )
+        if start is None:
+            return self.to_out[0](_attend(q, k, v, [time, *rest]).flatten(4))
+        parts, at = [], 0
+        for size in (frames,) if blocks is None else blocks:
+            time = _block(size, self.window[0], self.outside[0], start + at)
+            here, keys = slice(at, at + size), slice(seen + at - time[0].before, seen + at + size)
+            parts.append(_attend(q[:, here], k[:, keys], v[:, keys], [time, *rest]))
+            at += size
+        return self.to_out[0](torch.cat(parts, 1).flatten(4))
+
+    def reach(self, start: int) -> int:
+        """Frames that a block sees of those before it, if its own first one is `start`."""
+        return min((start + self.outside[0]) % self.window[0], start)
 
 
 def outside_of(window: tuple[int, int, int], shift: bool, shift_mode: str) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from linfusion.attention.mate import MATE, LayerState
+from linfusion.attention.mate import MATE, RUN, LayerState
 from linfusion.models.softmax import SoftmaxAttention
 
 
@@ -63,9 +63,29 @@ class LinGenBlock(nn.Module):
         else:
             h, after = self.mate(h, grid, blocks=blocks, past=past, return_state=True)
         x = x + _scaled(h, gate)
+        frames, tokens = grid[0], grid[1] * grid[2]
+        step = max(1, RUN // (len(x) * tokens))
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or step >= frames:
+            return self._each(x, text, mask, shift_ff, scale_ff, gate_ff), after
+        for first in range(0, frames, step):  # what is between stays in the caches
+            n = slice(first * tokens, (first + step) * tokens)
+            f = slice(first, first + step) if gate.shape[1] > 1 else slice(None)
+            x[:, n] = self._each(x[:, n], text, mask, shift_ff[:, f], scale_ff[:, f], gate_ff[:, f])
+        return x, after
+
+    def _each(
+        self,
+        x: Tensor,
+        text: Tensor,
+        mask: Tensor | None,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor,
+    ) -> Tensor:
+        """What sees no other token: cross-attention and feed-forward."""
         x = x + self.attn2(x, text, mask)
-        h = self.ff(modulated(self.norm2(x), shift_ff, scale_ff))
-        return x + _scaled(h, gate_ff), after
+        h = self.ff(modulated(self.norm2(x), shift, scale))
+        return x + _scaled(h, gate)
 
 
 class CrossAttention(nn.Module):

@@ -96,13 +96,22 @@ def test_blocks_are_the_mask_of_windows_and_of_what_has_come(blocks, shift, firs
     attn, x = layer(shift=shift), video(9, 5, 3)
     parts, start = [], 0
     for frames in blocks:
-        past = x[:, max(0, start - 3) : start] if start else None
+        seen = attn.reach(start)
+        assert seen < 4
+        past = x[:, start - seen : start] if seen else None
         parts.append(attn(x[:, start : start + frames], past, start))
         start += frames
     of = torch.repeat_interleave(torch.arange(len(blocks)), torch.tensor(blocks))
     of = of.repeat_interleave(15)
     mask = same_window((9, 5, 3), (4, 3, 2), firsts) & (of[:, None] >= of)
-    torch.testing.assert_close(torch.cat(parts, 1), masked(attn, x, mask), atol=1e-12, rtol=1e-10)
+    expected = masked(attn, x, mask)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-12, rtol=1e-10)
+    together = attn(x, None, 0, blocks)
+    torch.testing.assert_close(together, expected, atol=1e-12, rtol=1e-10)
+    first = blocks[0]  # and the others after it
+    if first < 9:
+        others = attn(x[:, first:], x[:, :first], first, blocks[1:])
+        torch.testing.assert_close(others, expected[:, first:], atol=1e-12, rtol=1e-10)
 
 
 def test_it_costs_twice_as_much_for_twice_the_frames():
@@ -154,3 +163,6 @@ def test_a_bad_input_is_named():
         attn(video(2, 3, 2), None, 7)
     with pytest.raises(ValueError, match="past: got"):
         attn(video(2, 3, 2), video(3, 3, 2))
+    for start, blocks in ((None, (2,)), (0, (1, 2)), (0, (2, 0)), (0, ())):
+        with pytest.raises(ValueError, match=r"blocks: got .*, expected 2 frames in all, and"):
+            attn(video(2, 3, 2), None, start, blocks)
