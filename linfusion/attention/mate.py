@@ -31,7 +31,7 @@ class LayerState(NamedTuple):
         conv: tail of the convolution, [B, conv_dim, d_conv - 1].
         ssm: state of the forward scan, [B, H, P, N], float32.
         halo: input of the frames that the next block's windows began with, [B, F, H, W, C], fewer
-            than t for a window of t; None for none.
+            than t for a window of t.
         review: the last pooled frames, at most `review_memory`, [B, F, H', W', C].
     """
 
@@ -190,7 +190,8 @@ class MATE(nn.Module):
             te, halo = None, None
             if self.te is not None:  # of several blocks at once: it needs no state but frames
                 te = self.te(part, state.halo, state.frames, run)
-                halo = _last(state.halo, part, self.te.reach(state.frames + part.shape[1]))
+                seen = self.te.reach(state.frames + part.shape[1])
+                halo = _last(state.halo, part, seen) if seen else part[:, :0]
             for i, block in enumerate(part.split(run, 1)):
                 ma, state = self._scan_block(block, state)
                 mixed.append(self._mixed(block, ma, None if te is None else te.split(run, 1)[i]))
