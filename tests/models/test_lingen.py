@@ -8,6 +8,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 import linfusion
+from linfusion.attention import mate
+from linfusion.models import lingen_block
 from linfusion.models.lingen import LinGenBlock, LinGenTransformer3DModel
 from linfusion.models.stream import StreamState, split_blocks
 
@@ -65,6 +67,20 @@ def test_a_clip_in_blocks_is_the_clip_at_once(frames, height, width, placement):
         alone = model(x[:, :, -blocks[-1] :], 700.0, text).sample
         assert (alone - once[:, :, -blocks[-1] :]).abs().max() > 1e-2
     torch.testing.assert_close(parts, once, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("each", [False, True], ids=["one time", "a time for each frame"])
+@pytest.mark.parametrize("tokens", [1, 70])
+@torch.no_grad()
+def test_how_many_tokens_go_together_does_not_matter(tokens, each, causal, monkeypatch):
+    model = tiny(torch.float64, causal_blocks=causal)
+    x, text = clip(dtype=torch.float64)
+    time = torch.linspace(100.0, 900.0, 20).view(2, 10) if each else 700.0
+    expected = model(x, time, text).sample
+    monkeypatch.setattr(mate, "RUN", tokens)
+    monkeypatch.setattr(lingen_block, "RUN", tokens)
+    torch.testing.assert_close(model(x, time, text).sample, expected, atol=1e-11, rtol=1e-10)
 
 
 @torch.no_grad()
