@@ -126,6 +126,10 @@ def interrupted(monkeypatch):
         return frames(self, latents)
 
     monkeypatch.setattr(StreamingVAEDecoder, "frames", decode)
+    # A shell lets what it starts in the background ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupted_video_plays_and_goes_on(video, tmp_path, interrupted):
