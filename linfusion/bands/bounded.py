@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import linfusion.bands.rules  # noqa: F401  fills the table of rules
-from linfusion.bands.blocks import announcement, call_in_blocks
+from linfusion.bands.blocks import call_in_blocks
 from linfusion.bands.budget import BANDS_AT_ONCE, Ledger, share_of, weight_bytes
 from linfusion.bands.hosts import TRANSFORMERS
 from linfusion.bands.rows import Engine, Rows
@@ -99,7 +99,7 @@ def _banded(
         batch = inputs[main].shape[0]
         call: Callable[..., Any] = functools.partial(_call, forward)
         if main != "sample":
-            call = functools.partial(call_in_blocks, model, forward, announcement(model))
+            call = functools.partial(call_in_blocks, model, forward)
         together = any("PAG" in type(p).__name__ for p in model.attn_processors.values())
         turns = [inputs] if together else [_take(inputs, i, batch) for i in range(batch)]
         shapes = tuple(tuple(inputs[name].shape) for name in (main, _PICTURES[1]) if name in inputs)
