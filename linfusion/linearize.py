@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from linfusion.attention import get_method
-from linfusion.attention.grids import video as volumes
-from linfusion.layers.find import candidates, compute_dtype, model_of, select, tokens_at
+from linfusion.layers.difference import Difference
+from linfusion.layers.displaced import look, put_back
+from linfusion.layers.find import compute_dtype, model_of
 from linfusion.layers.offload import lifted
-from linfusion.layers.projections import projections, put_in, refuse_copied, swap
-from linfusion.layers.record import MARKER, RECORD, Record, TakenLayer, mark, record_of
-from linfusion.students.loading import fit, method_of, student_of
+from linfusion.layers.projections import (
+    all_or_nothing,
+    changed_since,
+    projections,
+    put_in,
+    refuse_copied,
+    set_processor,
+    swap,
+)
+from linfusion.layers.record import RECORD, Record, TakenLayer, mark, marker_of, record_of
+from linfusion.students.loading import method_of, student_of
+from linfusion.students.wanted import Wanted, layers_for
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from linfusion.attention.method import Method
     from linfusion.students.student import LinFusion
 
 _PAG = "_linfusion_pag_processors"  # on a pipeline: the pair it had
@@ -37,10 +47,10 @@ def linearize(
 ) -> Any:
     """Make the self-attention of a model linear in the number of pixels, in place.
 
-    Called again after something else has replaced the processors (attention slicing,
-    `fuse_qkv_projections`, xformers), it puts them back and keeps the weights. A model that was
-    saved linearized with `save_pretrained` and loaded again gets its weights from where it was
-    loaded.
+    Called again with the same arguments it does nothing; after something else has replaced the
+    processors (attention slicing, `fuse_qkv_projections`, xformers), it puts them back and keeps
+    the weights. A model that was saved linearized with `save_pretrained` and loaded again gets its
+    weights from where it was loaded.
 
     Args:
         model_or_pipe: a pipeline (its `unet` or `transformer` is taken; pass `pipe.controlnet` to
@@ -72,70 +82,54 @@ def linearize(
         `model_or_pipe`.
 
     Raises:
-        ValueError: it is linearized already; nothing to take; weights that do not fit or are for
-            another method; a selector that selects nothing. The model is as it was.
+        ValueError: it is linearized already, otherwise; nothing to take; weights that do not fit
+            or are for another method; a selector that selects nothing; quantised weights that
+            would be replaced. The model is as it was, as after any other error.
     """
     model = model_of(model_or_pipe)
     record = record_of(model)
     if method is None:
-        method = record.method if record else method_of(weights, _marker(model))
+        method = record.method if record else method_of(weights, model)
     mechanism = get_method(method)
     if hasattr(model_or_pipe, "set_pag_applied_layers") and mechanism.pag_processors is None:
         raise ValueError(
             f"model_or_pipe: {type(model_or_pipe).__name__} guides with perturbed attention, which"
             f" method {method!r} does not have; use the pipeline without PAG"
         )
+    wanted = Wanted(model_or_pipe, method, layers, size, options)
     if record is not None:
-        if weights is None and layers is None and not options and method == record.method:
-            repaired = _put_back(model, record) + _take_pag(model_or_pipe, mechanism)
-            if repaired:
-                return model_or_pipe
+        plain = weights is None and layers is None and not options and method == record.method
+        if plain and put_back(record) + _take_pag(model_or_pipe, mechanism):
+            return model_or_pipe
+        if method == record.method and wanted.is_there(record, weights):
+            put_back(record)
+            _take_pag(model_or_pipe, mechanism)
+            return model_or_pipe
         raise ValueError(
             f"model_or_pipe: {type(model).__name__} is linearized already ({record.method},"
             f" {len(record.layers)} layers); call linfusion.restore first"
         )
-    found: dict[str, Any] = dict(candidates(model, method))
-    if layers == "auto":
-        latent = _latent_size(model_or_pipe, size)
-    elif size is not None:
-        raise ValueError(f'size: got {size!r}, which only layers="auto" takes')
-    side = student_of(model, found, weights, _marker(model), method)
-    if side is not None and side.config["method"] != method:
-        raise ValueError(
-            f"method: got {method!r}, but the weights are a student of method"
-            f" {side.config['method']!r}; give the two the same one"
-        )
-    stored = None if side is None else {entry.path: entry.setting for entry in side.entries}
-    options = {
-        name: value
-        for name, value in options.items()
-        if value is not None or name in mechanism.nullable
-    }
-    settings = mechanism.settings(found, stored, options)
-    learned: dict[str, dict[str, Any]] = (
-        {path: {} for path in found}
-        if side is None
-        else fit(model, found, side, partial=layers is not None)
-    )
-    paths = [path for path in found if path in learned and path in settings]
-    if layers == "auto":
-        paths = [
-            path
-            for path in paths
-            if tokens_at(model, path, latent)
-            > mechanism.break_even_tokens(found[path], settings[path])
-        ]
-        if not paths:
-            raise ValueError(
-                f'layers: "auto" found no layer where linear attention costs less at {size} pixels'
-            )
-    elif layers is not None:
-        paths = select(paths, layers)
+    found = layers_for(model, method, weights)
+    side = student_of(model, found, weights, method)
+    chosen, learned = wanted.of(found, side)
+    _put_on(model_or_pipe, found, chosen, learned, side is None, mechanism)
+    return model_or_pipe
 
+
+def _put_on(
+    model_or_pipe: Any,
+    found: dict[str, Any],
+    chosen: dict[str, Any],
+    learned: dict[str, dict[str, Tensor | Difference]],
+    fresh: bool,
+    mechanism: Method,
+) -> None:
+    """Make the chosen layers linear, all of them or none."""
+    model = model_of(model_or_pipe)
     dtype = compute_dtype(model)
     children = {}
-    for path in paths:
-        child = mechanism.child(found[path], settings[path])
+    for path, setting in chosen.items():
+        child = mechanism.child(found[path], setting)
         own = {
             name.removeprefix(f"{mechanism.name}."): tensor
             for name, tensor in learned[path].items()
@@ -145,32 +139,35 @@ def linearize(
             child.load_state_dict(own)
         children[path] = child.to(dtype).train(found[path].training)
 
-    chosen = {path: settings[path] for path in paths}
-    record = Record(mechanism.name, {}, chosen, fresh=side is None)
-    mechanism.attach(model, chosen)
-    with lifted(model):
+    record = Record(mechanism.name, {}, chosen, fresh=fresh)
+    with lifted(model), all_or_nothing() as undo:
+        undo.callback(mechanism.detach, model)
+        mechanism.attach(model, chosen)
         processor = mechanism.processor()
-        for path in paths:
+        for path in chosen:
             attn = found[path]
-            taken = record.layers[path] = TakenLayer(attn.processor)
-            if side is None and mechanism.inherit is not None:
+            taken = record.layers[path] = TakenLayer(attn, attn.processor)
+            if fresh and mechanism.inherit is not None:
                 mechanism.inherit(attn, children[path])
-            put_in(attn, learned[path], taken)
+            put_in(learned[path], taken, undo)
             device = projections(attn)["to_q"].weight.device
-            attn.add_module(mechanism.name, children[path].to(device))
-            attn.set_processor(processor)
-    setattr(model, RECORD, record)
-    model.register_forward_pre_hook(_look)
-    mark(
-        model,
-        {
-            "method": mechanism.name,
-            "layers": chosen,
-            "attention_weights": any(t.base_weights for t in record.layers.values()),
-        },
-    )
-    _take_pag(model_or_pipe, mechanism)
-    return model_or_pipe
+            child = children[path].to(device)
+            undo.callback(attn._modules.pop, mechanism.name, None)
+            attn.add_module(mechanism.name, child)
+            set_processor(attn, processor, undo)
+        undo.callback(_strip, model)
+        setattr(model, RECORD, record)
+        model.register_forward_pre_hook(look)
+        mark(
+            model,
+            {
+                "method": mechanism.name,
+                "layers": chosen,
+                "attention_weights": any(t.base_weights for t in record.layers.values()),
+            },
+        )
+        undo.callback(_leave_pag, model_or_pipe)
+        _take_pag(model_or_pipe, mechanism)
 
 
 def restore(model_or_pipe: Any) -> Any:
@@ -188,34 +185,39 @@ def restore(model_or_pipe: Any) -> Any:
     model = model_of(model_or_pipe)
     record = record_of(model)
     if record is None:
-        raise ValueError(
-            f"model_or_pipe: {type(model).__name__} is not linearized, so nothing to restore"
-        )
+        _forget(model)
+        return model_or_pipe
     for path, taken in record.layers.items():
         if taken.base_weights:
-            refuse_copied(path, model.get_submodule(path))
+            refuse_copied(path, taken.layer)
     mechanism = get_method(record.method)
-    with lifted(model):
+    with lifted(model), all_or_nothing() as undo:
+        changed = [path for path, taken in record.layers.items() if changed_since(taken)]
+        undo.callback(_attach_again, model, record)
         mechanism.detach(model)
+        for taken in record.layers.values():
+            swap(taken, undo)
+            set_processor(taken.layer, taken.processor, undo)
+        # What fuse_qkv_projections laid aside would bring our processors back.
+        stash = getattr(model, "original_attn_processors", None) or {}
         for path, taken in record.layers.items():
-            attn: Any = model.get_submodule(path)
-            for name in (mechanism.name, mechanism.fused_name or ""):
-                attn._modules.pop(name, None)
-            swap(attn, taken)
-            attn.set_processor(taken.processor)
-    # What fuse_qkv_projections laid aside would bring our processors back.
-    stash = getattr(model, "original_attn_processors", None)
-    for path, taken in record.layers.items():
-        if stash and isinstance(stash.get(f"{path}.processor"), mechanism.processor):
-            stash[f"{path}.processor"] = taken.processor
-    delattr(model, RECORD)
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _look:
-            del model._forward_pre_hooks[key]
-    mark(model, None)
-    if hasattr(model_or_pipe, _PAG):
-        model_or_pipe._pag_attn_processors = getattr(model_or_pipe, _PAG)
-        delattr(model_or_pipe, _PAG)
+            if isinstance(stash.get(f"{path}.processor"), mechanism.processor):
+                undo.callback(stash.__setitem__, f"{path}.processor", stash[f"{path}.processor"])
+                stash[f"{path}.processor"] = taken.processor
+        undo.callback(_hang, model, record, _hanging(record), model.__dict__.get("_internal_dict"))
+        _strip(model)
+        if hasattr(model_or_pipe, _PAG):
+            undo.callback(_take_pag, model_or_pipe, mechanism)
+            _leave_pag(model_or_pipe)
+    if changed:
+        warnings.warn(
+            f"model_or_pipe: the projections of {len(changed)} linear layers were changed after"
+            " linfusion.linearize (a LoRA merged and unloaded, or training); they are again what"
+            " they were before it, and other layers keep what was merged into them. For a softmax"
+            " model with the LoRA: restore first, then merge",
+            UserWarning,
+            stacklevel=2,
+        )
     return model_or_pipe
 
 
@@ -233,42 +235,115 @@ def as_softmax(model_or_pipe: Any) -> Iterator[Any]:
     record = record_of(model)
     if record is None:
         raise ValueError(f"model_or_pipe: {type(model).__name__} is not linearized")
-    layers: list[tuple[Any, TakenLayer]] = [
-        (model.get_submodule(path), taken) for path, taken in record.layers.items()
-    ]
-    ours = [attn.processor for attn, _ in layers]
-    swaps = any(taken.base_weights for _, taken in layers)
-    for path, taken in record.layers.items():
-        if taken.base_weights:
-            refuse_copied(path, model.get_submodule(path))
+    taken = list(record.layers.values())
+    ours = [one.layer.processor for one in taken]
+    swaps = any(one.base_weights for one in taken)
+    for path, one in record.layers.items():
+        if one.base_weights:
+            refuse_copied(path, one.layer)
     mechanism = get_method(record.method)
-    with lifted(model) if swaps else nullcontext():
-        mechanism.detach(model)
-        for attn, taken in layers:
-            swap(attn, taken)
-            attn.set_processor(taken.processor)
-    delattr(model, RECORD)  # so that nothing says our processors are missing
-    try:
+
+    with ExitStack() as end:
+        end.callback(_strip_where_softmax, model, record)
+        end.callback(_linear_again, model, record, ours)
+        with lifted(model) if swaps else nullcontext(), all_or_nothing() as undo:
+            undo.callback(_attach_again, model, record)
+            mechanism.detach(model)
+            for one in taken:
+                swap(one, undo)
+                set_processor(one.layer, one.processor, undo)
+            # So that nothing says our processors are missing.
+            undo.callback(setattr, model, RECORD, record)
+            delattr(model, RECORD)
         yield model_or_pipe
-    finally:
-        setattr(model, RECORD, record)
-        with lifted(model) if swaps else nullcontext():
-            for (attn, taken), processor in zip(layers, ours, strict=True):
-                swap(attn, taken)
-                attn.set_processor(processor)
-            mechanism.attach(model, record.settings)
 
 
-def _put_back(model: nn.Module, record: Record) -> int:
-    """Set our processors where something else has taken over; how many."""
+def _linear_again(model: nn.Module, record: Record, processors: list[Any]) -> None:
+    """The end of `as_softmax`, if it began."""
+    if record_of(model) is not None:
+        return
+    swaps = any(taken.base_weights for taken in record.layers.values())
     mechanism = get_method(record.method)
-    lost = _displaced(model, record)
-    processor = mechanism.processor()
-    for path in lost:
-        attn: Any = model.get_submodule(path)
-        attn.set_processor(processor)
-    record.warned.discard("displaced")
-    return len(lost)
+    with lifted(model) if swaps else nullcontext(), all_or_nothing() as undo:
+        for taken, processor in zip(record.layers.values(), processors, strict=True):
+            swap(taken, undo)
+            set_processor(taken.layer, processor, undo)
+        undo.callback(mechanism.detach, model)
+        mechanism.attach(model, record.settings)
+        undo.callback(model.__dict__.pop, RECORD, None)
+        setattr(model, RECORD, record)
+
+
+def _strip_where_softmax(model: nn.Module, record: Record) -> None:
+    """Where `as_softmax` could not come back, the model stays softmax, and altogether."""
+    if record_of(model) is None:
+        setattr(model, RECORD, record)
+        _strip(model)
+
+
+def _attach_again(model: nn.Module, record: Record) -> None:
+    mechanism = get_method(record.method)
+    mechanism.detach(model)
+    mechanism.attach(model, record.settings)
+
+
+def _hanging(record: Record) -> dict[str, dict[str, nn.Module]]:
+    """The modules of ours on every layer, by path and name."""
+    mechanism = get_method(record.method)
+    ours = (mechanism.name, mechanism.fused_name or "")
+    return {
+        path: {name: taken.layer._modules[name] for name in ours if name in taken.layer._modules}
+        for path, taken in record.layers.items()
+    }
+
+
+def _hang(
+    model: nn.Module, record: Record, children: dict[str, dict[str, nn.Module]], config: Any
+) -> None:
+    """Undo `_strip`."""
+    for path, taken in record.layers.items():
+        taken.layer._modules.update(children[path])
+    setattr(model, RECORD, record)
+    if not any(hook is look for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(look)
+    if config is not None:
+        model.__dict__["_internal_dict"] = config
+
+
+def _strip(model: nn.Module) -> None:
+    """Take off what hangs on a model whose processors and weights are its own again."""
+    record = record_of(model)
+    if record is not None:
+        mechanism = get_method(record.method)
+        for taken in record.layers.values():
+            for name in (mechanism.name, mechanism.fused_name or ""):
+                taken.layer._modules.pop(name, None)
+    model.__dict__.pop(RECORD, None)
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if hook is look:
+            del model._forward_pre_hooks[key]
+    mark(model, None)
+
+
+def _forget(model: nn.Module) -> None:
+    """Of a model that was saved linearized: that it was.
+
+    Raises:
+        ValueError: it was not.
+    """
+    marker = marker_of(model)
+    if marker is None:
+        raise ValueError(
+            f"model_or_pipe: {type(model).__name__} is not linearized, so nothing to restore"
+        )
+    if marker["attention_weights"]:
+        warnings.warn(
+            f"{type(model).__name__} was saved with the projections of its linear student; its own"
+            " are not in that file, so this is not the softmax model it was made from",
+            UserWarning,
+            stacklevel=3,
+        )
+    mark(model, None)
 
 
 def _take_pag(model_or_pipe: Any, mechanism: Any) -> int:
@@ -283,72 +358,8 @@ def _take_pag(model_or_pipe: Any, mechanism: Any) -> int:
     return 1
 
 
-def _displaced(model: nn.Module, record: Record) -> dict[str, str]:
-    """Layers whose processor is no longer ours, and the class it is of."""
-    ours = get_method(record.method).processor
-    processors = {path: model.get_submodule(path).processor for path in record.layers}
-    return {p: type(x).__name__ for p, x in processors.items() if not isinstance(x, ours)}
-
-
-def _look(model: nn.Module, args: Any) -> None:
-    """Before a forward: say, once each, that we were displaced or that nothing was learned."""
-    record = record_of(model)
-    if record is None or torch.compiler.is_compiling():
-        return
-    if "displaced" not in record.warned:
-        lost = _displaced(model, record)
-        if lost:
-            record.warned.add("displaced")
-            kinds = ", ".join(sorted(set(lost.values())))
-            what = (
-                "linfusion.linearize(pipe) on that pipeline makes its guidance linear"
-                if kinds.startswith("PAG")
-                else f"linfusion.linearize(model, {record.method!r}) puts them back with the"
-                " weights they had,"
-                " linfusion.restore(model) makes the model softmax for good"
-            )
-            warnings.warn(
-                f"{len(lost)} of {len(record.layers)} linear attention layers run {kinds} instead:"
-                " a later call replaced their processors (enable_attention_slicing,"
-                " fuse_qkv_projections, xformers and set_attn_processor do), and softmax with the"
-                f" weights of a linear student gives wrong pictures. {what}.",
-                UserWarning,
-                stacklevel=2,
-            )
-    if record.fresh and "fresh" not in record.warned and not torch.is_grad_enabled():
-        record.warned.add("fresh")
-        mechanism = get_method(record.method)
-        learned = [model.get_submodule(f"{path}.{mechanism.name}") for path in record.layers]
-        if all(mechanism.is_fresh(child) for child in learned):
-            warnings.warn(
-                f"{type(model).__name__} is linearized without weights: pictures will be wrong"
-                " until those of a distilled student are loaded (restore, then"
-                f" linearize(pipe, {mechanism.student})) or trained.",
-                UserWarning,
-                stacklevel=2,
-            )
-
-
-def _marker(model: nn.Module) -> Any:
-    """What a model that was saved linearized says of it, or None."""
-    config = getattr(model, "config", None)
-    return config.get(MARKER) if isinstance(config, Mapping) else None
-
-
-def _latent_size(model_or_pipe: Any, size: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    """Of what the model is called with: height and width, before them the frames of a video."""
-    sides = (size, size) if isinstance(size, int) else tuple(size or ())
-    if volumes.kind_of(model_of(model_or_pipe)) is not None:
-        if len(sides) != 3 or not all(isinstance(n, int) and n > 0 for n in sides):
-            raise ValueError(
-                f'size: got {size!r}; layers="auto" needs frames, and height and width in pixels'
-            )
-        scale = getattr(model_or_pipe, "vae_scale_factor_spatial", 8)
-        step = getattr(model_or_pipe, "vae_scale_factor_temporal", 4)
-        return -(-(sides[0] - 1) // step) + 1, -(-sides[1] // scale), -(-sides[2] // scale)
-    if len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
-        raise ValueError(
-            f'size: got {size!r}; layers="auto" needs height and width in pixels, or one number'
-        )
-    scale = getattr(model_or_pipe, "vae_scale_factor", 8)
-    return -(-sides[0] // scale), -(-sides[1] // scale)
+def _leave_pag(model_or_pipe: Any) -> None:
+    """Undo `_take_pag`, where it was done."""
+    if hasattr(model_or_pipe, _PAG):
+        model_or_pipe._pag_attn_processors = getattr(model_or_pipe, _PAG)
+        delattr(model_or_pipe, _PAG)

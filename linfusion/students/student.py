@@ -18,7 +18,7 @@ from linfusion.attention.linfusion.authors_names import from_numbered, numbered_
 from linfusion.attention.linfusion.feature_map import NAME
 from linfusion.layers.difference import Difference, differences
 from linfusion.layers.find import shorten
-from linfusion.layers.record import MARKER
+from linfusion.layers.record import MARKER, layer_at
 from linfusion.students.entry import Entry, holder, place
 
 LAYOUTS = ("numbered", "paths")
@@ -198,7 +198,7 @@ def modules_list(model: nn.Module, method: str, settings: Mapping[str, Any]) -> 
     """What a config says of the layers of a model that have these settings, by path."""
     key = get_method(method).setting_key
     return [
-        Entry.of(path, model.get_submodule(path), setting).to_dict(key)
+        Entry.of(path, layer_at(model, path), setting).to_dict(key)
         for path, setting in settings.items()
     ]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from linfusion.attention import get_method
 from linfusion.layers.find import candidates, select
 from linfusion.layers.projections import attention_parameters
-from linfusion.layers.record import RECORD, TakenLayer
+from linfusion.layers.record import RECORD
 from linfusion.linearize import linearize, restore
 from linfusion.students.low_rank import check_rank, low_rank_factors, save_low_rank
 from linfusion.students.saving import save
@@ -182,7 +182,7 @@ class Distillation:
         record = self._record
         if self._rank is not None:  # a difference is one to the teacher's
             taken = {
-                path: TakenLayer(layer.processor, self._base_weights(path))
+                path: replace(layer, base_weights=self._base_weights(path))
                 for path, layer in record.layers.items()
             }
             record = replace(record, layers=taken)
