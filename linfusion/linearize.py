@@ -14,6 +14,7 @@ from linfusion.layers.difference import Difference
 from linfusion.layers.displaced import look, put_back
 from linfusion.layers.find import compute_dtype, model_of
 from linfusion.layers.offload import lifted
+from linfusion.layers.parts import guard, unguard
 from linfusion.layers.projections import (
     all_or_nothing,
     changed_since,
@@ -158,6 +159,7 @@ def _put_on(
         undo.callback(_strip, model)
         setattr(model, RECORD, record)
         model.register_forward_pre_hook(look)
+        guard(record)
         mark(
             model,
             {
@@ -304,6 +306,7 @@ def _hang(
     for path, taken in record.layers.items():
         taken.layer._modules.update(children[path])
     setattr(model, RECORD, record)
+    guard(record)
     if not any(hook is look for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(look)
     if config is not None:
@@ -315,6 +318,7 @@ def _strip(model: nn.Module) -> None:
     record = record_of(model)
     if record is not None:
         mechanism = get_method(record.method)
+        unguard(record)
         for taken in record.layers.values():
             for name in (mechanism.name, mechanism.fused_name or ""):
                 taken.layer._modules.pop(name, None)

@@ -57,7 +57,8 @@ def student_of(
     marker = marker_of(model)
     if weights is None and not (marker and source_of(model)):
         return None  # or made from the config of a linear one, without its weights
-    from linfusion.students.student import LinFusion, from_saved_model
+    from linfusion.students.saved_models import from_saved_model
+    from linfusion.students.student import LinFusion
 
     if weights is None:
         if marker["attention_weights"]:
@@ -78,6 +79,8 @@ def student_of(
     if os.fspath(weights).endswith(".safetensors"):
         from linfusion.students.authors_files import read
 
+        if marker and os.path.isfile(weights):
+            return from_saved_model(model, os.fspath(weights))
         return read(weights, found, method)
     return LinFusion.from_pretrained(weights, dtype=compute_dtype(model))
 
