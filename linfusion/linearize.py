@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from linfusion.attention import get_method
+from linfusion.attention import get_method, names
 from linfusion.layers.difference import Difference
 from linfusion.layers.displaced import look, put_back
 from linfusion.layers.find import compute_dtype, model_of
@@ -337,9 +337,15 @@ def _forget(model: nn.Module) -> None:
     """
     marker = marker_of(model)
     if marker is None:
-        raise ValueError(
-            f"model_or_pipe: {type(model).__name__} is not linearized, so nothing to restore"
+        ours = {get_method(name).processor for name in names()}
+        put = sorted({type(p).__name__ for p in _processors(model) if type(p) in ours})
+        why = (
+            f" by linfusion.linearize, but given {', '.join(put)} by set_attn_processor; give it"
+            " diffusers' own in the same way"
+            if put
+            else ", so nothing to restore"
         )
+        raise ValueError(f"model_or_pipe: {type(model).__name__} is not linearized{why}")
     if marker["attention_weights"]:
         warnings.warn(
             f"{type(model).__name__} was saved with the projections of its linear student; its own"
@@ -348,6 +354,10 @@ def _forget(model: nn.Module) -> None:
             stacklevel=3,
         )
     mark(model, None)
+
+
+def _processors(model: nn.Module) -> list[Any]:
+    return [module.processor for module in model.modules() if hasattr(module, "processor")]
 
 
 def _take_pag(model_or_pipe: Any, mechanism: Any) -> int:

@@ -9,13 +9,20 @@ from torch import nn
 
 from linfusion.attention import get_method, names
 from linfusion.attention.method import Method, channels_of
-from linfusion.layers.find import candidates, model_of
-from linfusion.layers.record import record_of
+from linfusion.layers.find import candidates, model_of, refuse_linear_already
+from linfusion.layers.projections import attention_parameters
+from linfusion.layers.record import Record, record_of
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One self-attention layer. Sizes are per picture."""
+    """One self-attention layer. Sizes are per picture.
+
+    Attributes:
+        parameters: of the learned part, with the projections where a student replaced them.
+        break_even_tokens: from which on the layer multiplies less than softmax. Time pays later:
+            how much, `linfusion bench` measures.
+    """
 
     path: str
     linear: bool
@@ -28,12 +35,18 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary` found; print it, or take `to_dict()`."""
+    """What `summary` found; print it, or take `to_dict()`.
+
+    Attributes:
+        method: of the layers that are linear, or None.
+        hooked: whether `linearize` made them so, rather than `set_attn_processor`.
+    """
 
     model: str
     method: str | None
     fused: bool
     layers: list[LayerSummary]
+    hooked: bool = True
 
     @property
     def parameters(self) -> int:
@@ -52,13 +65,14 @@ class Summary:
     def __str__(self) -> str:
         linear = sum(layer.linear for layer in self.layers)
         width = max(len(layer.path) for layer in self.layers)
+        how = ", fused" if self.fused else "" if self.hooked else ", by set_attn_processor"
         head = (
             f"{self.model}: {linear} of {len(self.layers)} self-attention layers linear"
-            f" ({self.method or 'softmax'}{', fused' if self.fused else ''}),"
+            f" ({self.method or 'softmax'}{how}),"
             f" {self.parameters:,} learned parameters, {self.state_bytes:,} B of state a picture"
         )
         rows = [
-            f"{'layer':<{width}}  kind     channels  heads  parameters    state B  cheaper from"
+            f"{'layer':<{width}}  kind     channels  heads  parameters    state B  fewer FLOPs from"
         ]
         rows += [
             f"{x.path:<{width}}  {'linear' if x.linear else 'softmax':<7}  {x.channels:>8}"
@@ -66,7 +80,11 @@ class Summary:
             f"  {x.break_even_tokens:>5,} tokens"
             for x in self.layers
         ]
-        return "\n".join([head, *rows])
+        foot = (
+            "FLOPs are counted, not timed: linear attention is faster only from more tokens on,"
+            " which `linfusion bench` measures on this machine."
+        )
+        return "\n".join([head, *rows, foot])
 
 
 def summary(model_or_pipe: Any) -> Summary:
@@ -81,12 +99,13 @@ def summary(model_or_pipe: Any) -> Summary:
     model = model_of(model_or_pipe)
     record = record_of(model)
     mechanism = get_method(record.method) if record else _first_that_fits(model)
-    taken = record.layers if record else {}
-    found = candidates(model, mechanism.name)
+    moved = {id(taken.layer): path for path, taken in record.layers.items()} if record else {}
+    found = {
+        moved.get(id(attn), path): attn for path, attn in candidates(model, mechanism.name).items()
+    }
     settings = mechanism.settings(found, None, {}) | (record.settings if record else {})
     layers, fused = [], False
     for path, attn in found.items():
-        child = getattr(attn, mechanism.name, None) if path in taken else None
         fused = fused or hasattr(attn, mechanism.fused_name or "")
         layers.append(
             LayerSummary(
@@ -94,12 +113,23 @@ def summary(model_or_pipe: Any) -> Summary:
                 linear=isinstance(attn.processor, mechanism.processor),
                 channels=channels_of(attn),
                 heads=attn.heads,
-                parameters=sum(p.numel() for p in child.parameters()) if child else 0,
+                parameters=_learned(attn, path, record),
                 state_bytes=mechanism.state_bytes(attn),
                 break_even_tokens=mechanism.break_even_tokens(attn, settings[path]),
             )
         )
-    return Summary(type(model).__name__, record.method if record else None, fused, layers)
+    method = mechanism.name if any(layer.linear for layer in layers) or record else None
+    return Summary(type(model).__name__, method, fused, layers, record is not None)
+
+
+def _learned(attn: Any, path: str, record: Record | None) -> int:
+    """Parameters of a layer that a student learned."""
+    if record is None or path not in record.layers:
+        return 0
+    child = attn._modules.get(record.method)
+    own = {} if not record.layers[path].base_weights else attention_parameters(attn)
+    parameters = [*own.values(), *([] if child is None else child.parameters())]
+    return sum(p.numel() for p in parameters)
 
 
 def _first_that_fits(model: nn.Module) -> Method:
@@ -108,6 +138,7 @@ def _first_that_fits(model: nn.Module) -> Method:
     Raises:
         ValueError: none does; the message has the reason of each.
     """
+    refuse_linear_already(model)
     reasons = []
     for name in names():
         try:

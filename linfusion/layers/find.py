@@ -12,6 +12,7 @@ from torch import nn
 
 from linfusion.attention import get_method, names
 from linfusion.attention.grids import video as volumes
+from linfusion.attention.mate.layer import MATE
 
 
 def model_of(model_or_pipe: Any) -> nn.Module:
@@ -44,6 +45,20 @@ def candidates(model: nn.Module, method: str) -> dict[str, Any]:
         ValueError: the model has none.
     """
     return get_method(method).layers(model)
+
+
+def refuse_linear_already(model: nn.Module) -> None:
+    """Refuse a model that was built of linear layers.
+
+    Raises:
+        ValueError: it was.
+    """
+    layers = sum(isinstance(module, MATE) for module in model.modules())
+    if layers:
+        raise ValueError(
+            f"model_or_pipe: {type(model).__name__} is linear already: its {layers} layers are MATE"
+            " (Mamba-2 and windows), so there is nothing to make linear or to restore"
+        )
 
 
 def serving(model: nn.Module) -> list[str]:

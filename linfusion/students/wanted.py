@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from linfusion.attention import get_method
 from linfusion.layers.difference import Difference
 from linfusion.layers.displaced import is_fresh
-from linfusion.layers.find import candidates, latent_size, model_of, select, serving, tokens_at
+from linfusion.layers.find import (
+    candidates,
+    latent_size,
+    model_of,
+    refuse_linear_already,
+    select,
+    serving,
+    tokens_at,
+)
 from linfusion.layers.projections import attention_parameters, refuse_quantized
 from linfusion.students.loading import fit, student_of
 
@@ -127,11 +135,17 @@ def layers_for(model: nn.Module, method: str, weights: Any) -> dict[str, Any]:
     try:
         return candidates(model, method)
     except ValueError as error:
+        refuse_linear_already(model)
         others = [get_method(name) for name in serving(model)]
         if not others:
             raise
+        what = str(error).removeprefix("model_or_pipe: ")
+        what = (
+            f"model_or_pipe: {what}"
+            if weights is None
+            else f"weights: they are a student of method {method!r}, and {what}"
+        )
         raise ValueError(
-            (f"weights: they are a student of method {method!r}. " if weights is not None else "")
-            + f"{error}. Method {others[0].name!r} takes {type(model).__name__}:"
+            f"{what}. Method {others[0].name!r} takes {type(model).__name__}:"
             f" linfusion.linearize(pipe, {others[0].student})"
         ) from error
