@@ -65,7 +65,8 @@ class Summary:
     def __str__(self) -> str:
         linear = sum(layer.linear for layer in self.layers)
         width = max(len(layer.path) for layer in self.layers)
-        how = ", fused" if self.fused else "" if self.hooked else ", by set_attn_processor"
+        set_by_hand = linear and not self.hooked
+        how = ", fused" if self.fused else ", by set_attn_processor" if set_by_hand else ""
         head = (
             f"{self.model}: {linear} of {len(self.layers)} self-attention layers linear"
             f" ({self.method or 'softmax'}{how}),"

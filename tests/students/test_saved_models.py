@@ -7,10 +7,12 @@ import re
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from huggingface_hub import constants
 
 import linfusion
 from linfusion.students.saving import learned
+from linfusion.students.student import LinFusion
 from tests.student_files import student_for
 from tests.tiny import denoise, tiny_motion_unet, tiny_sd_pipeline, tiny_unet
 
@@ -138,3 +140,12 @@ def test_a_lone_file_for_a_unet_says_what_a_student_is(tmp_path):
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     with pytest.raises(ValueError, match="student of method 'linfusion' is a folder or hub name"):
         linfusion.linearize(tiny_unet(), weights=file)
+
+
+def test_an_average_of_the_student_is_saved_as_the_docs_say(tmp_path):
+    unet = student(1)
+    side = learned(unet)
+    average = EMAModel(side.parameters(), model_cls=LinFusion, model_config=side.config)
+    average.save_pretrained(tmp_path)
+    again = linfusion.linearize(tiny_unet(), weights=tmp_path)
+    assert close(again, unet)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from linfusion.kernels import TileOrder
 
@@ -31,6 +32,8 @@ CONTROLNET = "FluxControlNetModel"  # its blocks take no arguments but the rotar
 ARGUMENT = "image_grids"
 _ARGUMENTS = "joint_attention_kwargs"  # the hosts' own name
 
+# Of ids that are alive: their version, and what they describe.
+_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Of a ControlNet's call, from its beginning to its rotary table.
 _TOLD: ContextVar[Grids | None] = ContextVar("linfusion_grids", default=None)
 
@@ -170,6 +173,17 @@ def grids_of(ids: Tensor) -> tuple[Grids, Tensor]:
     return Grids(tuple(sizes), (None,) * len(sizes)), torch.cat(exact)
 
 
+def _grids_of(ids: Tensor) -> tuple[Grids, Tensor]:
+    """As `grids_of`, which reads the ids on the host: once for all the steps that have the same."""
+    if torch.compiler.is_compiling() or ids.is_inference():
+        return grids_of(ids)
+    known = _KNOWN.get(ids)
+    if known is None or known[0] != ids._version:
+        grids, exact = grids_of(ids)
+        known = _KNOWN[ids] = ids._version, grids, exact.to(ids.device)
+    return known[1], known[2]
+
+
 class _Begin:
     """Before the model: the grids of its tokens go with the arguments, or an error before any work.
 
@@ -204,7 +218,7 @@ class _Begin:
         """
         ids, x = given["img_ids"], given["hidden_states"]
         ids = ids[0] if ids.ndim == 3 else ids
-        grids, exact = grids_of(ids)
+        grids, exact = _grids_of(ids)
         if x.shape[1] != grids.tokens:
             raise ValueError(
                 f"img_ids: they describe {grids.sizes}, {grids.tokens} tokens, but hidden_states"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from linfusion.attention import get_method
 from linfusion.layers.find import candidates, select
-from linfusion.layers.projections import attention_parameters
+from linfusion.layers.projections import attention_parameters, refuse_quantized
 from linfusion.layers.record import RECORD
 from linfusion.linearize import linearize, restore
 from linfusion.students.low_rank import check_rank, low_rank_factors, save_low_rank
@@ -73,6 +73,9 @@ class Distillation:
         features = list(found)
         if feature_layers is not None:
             features = select(features, feature_layers, "feature_layers")
+        if train_projections:
+            for path, attn in found.items():
+                refuse_quantized(path, attn)
         softmax = {path: attn.processor for path, attn in found.items()}
         base = {path: _projections(attn) for path, attn in found.items()}
         if projection_rank is not None:

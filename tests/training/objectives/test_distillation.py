@@ -281,3 +281,15 @@ def test_a_second_thread_is_refused_while_the_model_is_the_teacher():
         assert torch.equal(denoise(unet), before)
     assert len(errors) == 1 and "another thread uses this model as a teacher" in errors[0]
     pair.losses(unet, *batch(unet))
+
+
+def test_quantized_projections_are_not_trained():
+    class QLinear(torch.nn.Linear):
+        pass
+
+    unet = tiny_unet()
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v.__class__ = QLinear
+    before = list(unet.state_dict())
+    with pytest.raises(ValueError, match=r"mid_block.*to_v are quantised or otherwise changed"):
+        Distillation(unet)
+    assert list(unet.state_dict()) == before
