@@ -12,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from linfusion.kernels import library
 from linfusion.kernels.library import without_autocast
 from linfusion.kernels.window_attention import ops, reference
+from linfusion.kernels.window_attention.cells import cell_grid
 from linfusion.kernels.window_attention.common import SHAPES, bounded
 from linfusion.kernels.window_attention.order import TileOrder
 
@@ -32,6 +33,7 @@ def window_attention(
     shape: str = ...,
     context: Pair | None = ...,
     pooled: Pair | None = ...,
+    cells: tuple[int, ...] | None = ...,
     scale: float | None = ...,
     return_lse: Literal[False] = ...,
     order: TileOrder | None = ...,
@@ -50,6 +52,7 @@ def window_attention(
     shape: str = ...,
     context: Pair | None = ...,
     pooled: Pair | None = ...,
+    cells: tuple[int, ...] | None = ...,
     scale: float | None = ...,
     return_lse: Literal[True],
     order: TileOrder | None = ...,
@@ -67,6 +70,7 @@ def window_attention(
     shape: str = "disc",
     context: Pair | None = None,
     pooled: Pair | None = None,
+    cells: tuple[int, ...] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     order: TileOrder | None = None,
@@ -91,6 +95,12 @@ def window_attention(
         shape: "disc", dt² + dy² + dx² < radius², or "square", max(|dt|, |dy|, |dx|) < radius.
         context: keys and values [B, T, H, D] that every query sees: the text.
         pooled: keys and values [B, P, H, D] that every query sees: the image at low resolution.
+        cells: sides of the cells of the grid whose averages the pooled tokens are, one for each
+            axis: P is then Π ceil(size / side), cells in raster order. Each enters as the number
+            of its tokens that the window of a query does not see, log of it on the score, and not
+            at all where the window covers it: every token of the grid counts once (`cells`).
+            None gives each pooled token the weight of one token, whatever the window sees, as
+            CLEAR's authors do.
         scale: of the scores; None is D^-½.
         return_lse: also return the log-sum-exp l.
         order: the tile order that q, k and v lie in, and o and l will; None is raster order.
@@ -111,8 +121,8 @@ def window_attention(
         return handle_torch_function(
             window_attention, (q, k, v),  # type: ignore[arg-type]
             q, k, v, grid=grid, radius=radius, shape=shape,
-            context=context, pooled=pooled, scale=scale, return_lse=return_lse, order=order,
-            impl=impl,
+            context=context, pooled=pooled, cells=cells, scale=scale, return_lse=return_lse,
+            order=order, impl=impl,
         )  # fmt: skip
     _check_tokens(q, k, v)
     size = _grid(grid, q.shape[1])
@@ -127,6 +137,7 @@ def window_attention(
         )
         if pair is not None
     ]
+    sides = _cells(cells, size, pooled)
     if scale is not None and (not _is_number(scale) or not math.isfinite(scale)):
         raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
     if order is not None and (not isinstance(order, TileOrder) or order.grid != size):
@@ -138,10 +149,10 @@ def window_attention(
     k_all, v_all = (_joined(part, q) for part in (rest[::2], rest[1::2]))
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if impl == "reference":
-        o, lse = _reference(q, k, v, k_all, v_all, size, radius, shape, scale, order)
+        o, lse = _reference(q, k, v, k_all, v_all, size, radius, shape, scale, order, sides)
     else:
         o, lse = ops.window_attention(
-            q, k, v, k_all, v_all, size, radius, shape, scale, order is not None, impl
+            q, k, v, k_all, v_all, size, radius, shape, scale, order is not None, sides, impl
         )
     return (o, lse) if return_lse else o
 
@@ -157,12 +168,13 @@ def _reference(
     shape: str,
     scale: float,
     order: TileOrder | None,
+    cells: tuple[int, ...],
 ) -> Pair:
     if order is not None:
         q, k, v = (order.undo(x) for x in (q, k, v))
     with without_autocast(q.device):
         o, lse = reference.attention(
-            q, k, v, k_all, v_all, grid, bounded(radius, grid), shape, scale
+            q, k, v, k_all, v_all, grid, bounded(radius, grid), shape, scale, cells
         )
     return (o, lse) if order is None else (order.permute(o), order.permute(lse))
 
@@ -233,6 +245,29 @@ def _grid(grid: tuple[int, ...], tokens: int) -> tuple[int, ...]:
             f"grid: expected one of the {tokens} tokens of q, got {size} of {math.prod(size)}"
         )
     return size
+
+
+def _cells(
+    cells: tuple[int, ...] | None, grid: tuple[int, ...], pooled: Pair | None
+) -> tuple[int, ...]:
+    if cells is None:
+        return ()
+    sides = tuple(cells) if isinstance(cells, (tuple, list, torch.Size)) else ()
+    whole = all(isinstance(x, int) and not isinstance(x, bool) and x >= 1 for x in sides)
+    if len(sides) != len(grid) or not whole:
+        raise ValueError(
+            f"cells: expected None or a positive integer for each axis of grid {grid}, "
+            f"got {cells!r}"
+        )
+    if pooled is None:
+        raise ValueError(f"cells: expected pooled tokens with cells {sides}, got none")
+    count = math.prod(cell_grid(grid, sides))
+    if pooled[0].shape[1] != count:
+        raise ValueError(
+            f"pooled: expected {count} tokens, one for each cell of {sides} of grid {grid}, got "
+            f"{pooled[0].shape[1]}"
+        )
+    return sides
 
 
 def _is_number(x: object) -> bool:

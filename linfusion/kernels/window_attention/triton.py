@@ -42,6 +42,7 @@ def attention(
     shape: str,
     scale: float,
     tiled: bool,
+    cells: tuple[int, ...] = (),
     *,
     target: Target | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -78,6 +79,7 @@ def attention_backward(
     shape: str,
     scale: float,
     tiled: bool,
+    cells: tuple[int, ...] = (),
     *,
     target: Target | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
