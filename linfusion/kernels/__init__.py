@@ -12,7 +12,7 @@ from linfusion.kernels.linear_attention import (
     linear_read,
     linear_state,
 )
-from linfusion.kernels.ssd import ssd_bidirectional, ssd_scan, ssd_step
+from linfusion.kernels.ssd import ssd_scan, ssd_step
 from linfusion.kernels.window_attention import TileOrder, window_attention
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "linear_read",
     "linear_state",
     "merge",
-    "ssd_bidirectional",
     "ssd_scan",
     "ssd_step",
     "window_attention",

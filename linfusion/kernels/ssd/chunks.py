@@ -64,11 +64,6 @@ class View:
         )  # [b, k, Q, g, r, X]
         return x.permute(1, 0, 3, 2, 4, 5)
 
-    def packed(self, x: Tensor) -> Tensor:
-        """[B, L] as a view [k, b, 1, 1, Q]."""
-        x = x[self.part.batch, self.run.tokens].unflatten(1, self.chunked)
-        return x.transpose(0, 1)[:, :, None, None]
-
     def _group(self, x: Tensor) -> Tensor:
         x = x[self.part.batch, self.run.tokens, self.part.groups].unflatten(1, self.chunked)
         return x.permute(1, 0, 3, 2, 4)

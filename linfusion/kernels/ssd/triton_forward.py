@@ -7,9 +7,9 @@ so `ssd_states`, `ssd_pass` and `ssd_read` serve both: `BACKWARD` says which.
 
 Places count tokens in the order of the scan; only `token_of` knows of `REVERSE`. Log-decays are in
 units of log 2 and their sums of two float32, high and low: near 1, a decay is lost in float32
-where the sum is in the thousands. A token that resets the state has the log-decay `FORGET`, of
-which float32 keeps nothing, so that no other kernel knows of segments. What a token must not see is
-set to -∞ before it is exponentiated: no product meets an overflow.
+where the sum is in the thousands. A log-decay is at least `FORGET`, of which float32 keeps nothing,
+so that sums stay finite. What a token must not see is set to -∞ before it is exponentiated: no
+product meets an overflow.
 
 The conventions are those of the linear kernels: one grid axis, strides divided by the constexpr
 `ALIGN`, no run-time integer specialised on, tiles upcast on load, and operands of a product rounded
@@ -74,13 +74,11 @@ def to_the_edge(S, i, last, length, BACKWARD: tl.constexpr):
 @triton.jit(do_not_specialize=["length", "heads"])
 def ssd_cumsum(
     A,  # [B, L, H] float32, contiguous
-    SEG,  # [B, L] int32, contiguous
     S,  # [B, H, 2, L] float32: sums up to and with each place of its chunk, high and low
     length,
     heads,
     CHUNK: tl.constexpr,
     BH: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """Sums of the log-decays of one chunk and BH heads."""
@@ -95,11 +93,6 @@ def ssd_cumsum(
     n = b * length + token_of(i, length, REVERSE)  # [CHUNK]
     a = tl.load(A + n[:, None] * heads + h[None, :], mask=mask, other=0.0) * LOG2_E
     a = tl.where(a < FORGET, FORGET, a)  # NaN stays
-    if SEGMENTS:
-        seg = tl.load(SEG + n, mask=i < length, other=0)
-        n = b * length + token_of(i - 1, length, REVERSE)
-        before = tl.load(SEG + n, mask=(i > 0) & (i < length), other=0)
-        a = tl.where((seg != before)[:, None], FORGET, a)
     s = tl.cumsum(a.to(tl.float64), 0)  # [CHUNK, BH]
     high = s.to(tl.float32)
     at = S + (b * heads + h)[None, :] * 2 * length + i[:, None]
