@@ -36,7 +36,7 @@ LIT = 576  # columns of a head of DiT-XL/2 with LiT's two heads, whose feature m
 # What a tile is called, by family of kernels.
 TILES = {
     "linear": ("BN", "BD", "BE", "BLOCK"),
-    "window": ("BM", "BK", "BD"),
+    "window": ("BM", "BK", "BA", "BB"),
     "ssd": ("BM", "BK", "BD", "BP", "BN", "BLOCK", "BH"),
 }
 DTYPES = ("bfloat16", "float16", "float32")

@@ -17,8 +17,14 @@ from linfusion.kernels.hybrid_attention.parts import (
 )
 from linfusion.kernels.library import without_autocast
 from linfusion.kernels.window_attention import TileOrder, window_attention
-from linfusion.kernels.window_attention import api as windows
-from linfusion.kernels.window_attention.common import SHAPES, bounded, covers
+from linfusion.kernels.window_attention.arguments import (
+    autocast,
+    check_tokens,
+    checked_grid,
+    checked_window,
+    implementation,
+)
+from linfusion.kernels.window_attention.common import bounded, covers
 
 FEATURES = 128  # the columns that a Triton program takes of features at a time
 
@@ -99,15 +105,13 @@ def hybrid_attention(
             shape=shape, exclude=exclude, rotated=rotated, context=context, scale=scale,
             return_lse=return_lse, order=order, impl=impl,
         )  # fmt: skip
-    windows._check_tokens(q, k, v)
-    size: Any = windows._grid(grid, q.shape[1])
-    radius = windows._radius(radius)
-    if shape not in SHAPES:
-        raise ValueError(f"shape: expected one of {SHAPES}, got {shape!r}")
+    check_tokens(q, k, v)
+    size: Any = checked_grid(grid, q.shape[1])
+    radius = checked_window(radius, shape)
     features = check_features(q, phi_q, phi_k, rotated)
     check_weight(log_weight, q)
-    impl = windows._implementation(impl, q)
-    q, k, v, *cast = windows._autocast(q, k, v, *features)
+    impl = implementation(impl, q)
+    q, k, v, *cast = autocast(q, k, v, *features)
     phi_q, phi_k, rotated_q, rotated_k = cast
     near = window_attention(
         q, k, v, grid=size, radius=radius, shape=shape, context=context, scale=scale,

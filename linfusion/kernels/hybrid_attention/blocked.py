@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.window_attention.blocks import (
     TILES,
     Block,
@@ -23,7 +24,6 @@ from linfusion.kernels.window_attention.blocks import (
     is_dense,
     plan,
 )
-from linfusion.kernels.window_attention.common import accumulator
 
 # Elements of a block of tokens that are joined at a time: 4 MB in float32.
 JOINED = 1 << 20

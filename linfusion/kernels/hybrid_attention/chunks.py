@@ -16,8 +16,13 @@ from linfusion.kernels.hybrid_attention.parts import (
     state_of,
 )
 from linfusion.kernels.linear_attention.common import LinearState
-from linfusion.kernels.window_attention import api as windows
 from linfusion.kernels.window_attention import window_attention
+from linfusion.kernels.window_attention.arguments import (
+    autocast,
+    check_tokens,
+    checked_grid,
+    implementation,
+)
 
 
 class ChunkState(NamedTuple):
@@ -86,8 +91,8 @@ def chunked_attention(
             it, what came and what is accepted.
         ImportError: impl="triton" without triton.
     """
-    windows._check_tokens(q, k, v)
-    size: Any = windows._grid(grid, q.shape[1])
+    check_tokens(q, k, v)
+    size: Any = checked_grid(grid, q.shape[1])
     if len(size) != 3:
         raise ValueError(f"grid: expected (t, h, w), got {size}")
     for name, number, least in (("frames", frames, 1), ("overlap", overlap, 0)):
@@ -95,8 +100,8 @@ def chunked_attention(
             raise ValueError(f"{name}: expected a whole number of at least {least}, got {number!r}")
     check_weight(log_weight, q)
     features = check_features(q, phi_q, phi_k, rotated)
-    impl = windows._implementation(impl, q)
-    q, k, v, phi_q, phi_k, rotated_q, rotated_k = windows._autocast(q, k, v, *features)
+    impl = implementation(impl, q)
+    q, k, v, phi_q, phi_k, rotated_q, rotated_k = autocast(q, k, v, *features)
     row = math.prod(size[1:])
     past = _start(k, v, phi_k, rotated_k) if state is None else _check_state(state, k, phi_k, row)
     found = []

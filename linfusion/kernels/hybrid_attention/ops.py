@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.hybrid_attention import blocked
 from linfusion.kernels.library import LIBRARY, register
-from linfusion.kernels.window_attention.common import accumulator, bounded
+from linfusion.kernels.window_attention.common import bounded
 
 _CHOICES = "SymInt[] grid, float radius, str shape, float scale, bool tiled, str impl"
 

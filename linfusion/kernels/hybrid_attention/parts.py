@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator, check_device
 from linfusion.kernels.hybrid_attention import ops, reference
 from linfusion.kernels.library import without_autocast
 from linfusion.kernels.linear_attention import linear_state
 from linfusion.kernels.linear_attention.common import LinearState
-from linfusion.kernels.window_attention.common import accumulator
-
-Pair = tuple[Tensor, Tensor]
+from linfusion.kernels.window_attention.arguments import Pair, check_alike
 
 
 def check_features(
@@ -45,10 +44,7 @@ def check_features(
             raise ValueError(
                 f"{name}: expected the {phi_q.shape[3]} features of phi_q, got {x.shape[3]}"
             )
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name}: expected the device of q, {q.device}, got {x.device}")
+        check_alike(x, name, q)
     return phi_q, phi_k, *rotated
 
 
@@ -62,10 +58,7 @@ def check_weight(log_weight: Tensor, q: Tensor) -> None:
             f"log_weight: expected one number for each of {q.shape[2]} heads, got shape "
             f"{tuple(log_weight.shape)}"
         )
-    if log_weight.device != q.device:
-        raise ValueError(
-            f"log_weight: expected the device of q, {q.device}, got {log_weight.device}"
-        )
+    check_device(log_weight, "log_weight", q, "q")
 
 
 def state_of(phi_k: Tensor, rotated_k: Tensor, v: Tensor, impl: str | None) -> LinearState:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.hybrid_attention.merge import merge
 from linfusion.kernels.linear_attention.common import LinearState
-from linfusion.kernels.window_attention.common import accumulator, coordinates, window
+from linfusion.kernels.window_attention.common import coordinates, window
 
 
 def joined(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.window_attention import order
 from linfusion.kernels.window_attention.blocked_backward import attention_backward
 from linfusion.kernels.window_attention.blocks import (
@@ -27,7 +28,6 @@ from linfusion.kernels.window_attention.blocks import (
     plan,
     tiles,
 )
-from linfusion.kernels.window_attention.common import accumulator
 from linfusion.kernels.window_attention.products import Products, applies
 
 __all__ = ["attention", "attention_backward"]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.pages import empty_output
 from linfusion.kernels.window_attention.blocks import (
     SCORES,
@@ -29,7 +30,6 @@ from linfusion.kernels.window_attention.blocks import (
     is_dense,
     plan,
 )
-from linfusion.kernels.window_attention.common import accumulator
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -16,14 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.window_attention.cells import log_counts
-from linfusion.kernels.window_attention.common import (
-    accumulator,
-    coordinates,
-    covers,
-    reach,
-    window,
-)
+from linfusion.kernels.window_attention.common import coordinates, covers, reach, window
 from linfusion.kernels.window_attention.order import place_of, raster_of
 
 # 32 queries, what torch's flash kernel for CPUs multiplies at a time: more would see more keys

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linfusion.kernels.window_attention.common import accumulator, reach, window
+from linfusion.kernels.common import accumulator
+from linfusion.kernels.window_attention.common import reach, window
 
 
 def cell_grid(grid: tuple[int, ...], cells: tuple[int, ...]) -> tuple[int, ...]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.library import LIBRARY, register
-from linfusion.kernels.window_attention.common import accumulator, bounded
+from linfusion.kernels.window_attention.common import bounded
 
 _CHOICES = (
     "SymInt[] grid, float radius, str shape, float scale, bool tiled, SymInt[] cells, str impl"

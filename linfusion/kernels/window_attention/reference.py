@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.window_attention.cells import log_counts
-from linfusion.kernels.window_attention.common import accumulator, coordinates, window
+from linfusion.kernels.window_attention.common import coordinates, window
 
 
 def attention(
