@@ -63,9 +63,7 @@ def drawings(folder: str | Path | None = None) -> dict[str, str]:
     """
     file = (Path(folder) if folder else installed() / "node_modules" / PACKAGE) / "icons.json"
     if not file.is_file():
-        raise ValueError(
-            f"folder: expected the icons.json of {PACKAGE}, found none in {file.parent}"
-        )
+        raise ValueError(f"folder: expected icons.json of {PACKAGE}, found none in {file.parent}")
     try:
         icons = json.loads(file.read_text(encoding="utf-8"))["icons"]
         found = {name: icon["body"] for name, icon in icons.items()}
