@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from benchmarks.aot import linear, ssd, window
 from benchmarks.aot.chips import CHIPS, Report
 from benchmarks.aot.products import executed_for_each_needed
+from benchmarks.compiling import compile_for
 
 if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
@@ -25,32 +26,9 @@ TRAFFIC = {"linear": linear.traffic, "window": window.traffic, "ssd": ssd.traffi
 
 
 def compile_launch(name: str, launch: Launch, chip_name: str, d: int | str, dtype: str) -> Report:
-    """Compile as the launcher would: pointers 16-byte aligned, integers not specialised on."""
-    import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    """Compile as the launcher would, with pointers that are 16-byte aligned."""
     chip = CHIPS[chip_name]
-    types = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-    types |= {torch.int32: "*i32", torch.int64: "*i64"}
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.args[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = types[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-    compiled = triton.compile(
-        ASTSource(launch.kernel, signature, constants, attributes),
-        target=GPUTarget(chip.vendor, chip.arch, chip.warp),
-        options=launch.options,
-    )
+    compiled = compile_for(launch, chip.vendor, chip.arch, chip.warp)
     read = _read_cuda if chip.vendor == "cuda" else _read_hip
     registers, spills, mma, loads = read(compiled.asm)
     family = launch.kernel.__name__.partition("_")[0]
