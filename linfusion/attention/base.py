@@ -1,162 +1,188 @@
-"""What a method has to offer, and which attention layers one may take over."""
+"""What processors share: the way around a layer, softmax beside it, and what all of them refuse."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from linfusion.attention.method import unsupported
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-# Attention over frames, which sees one pixel through time: linear in the number of pixels already.
-_TEMPORAL = re.compile(r"(^|\.)(motion_modules|temp_\w+|temporal_\w+|transformer_in)(\.|$)")
 
-# Processors that compute softmax(q·kᵀ/√D)·v and nothing besides. A layer that carries any other one
-# (rotary embedding, joint text stream, a method of its own) would lose something.
-_PLAIN = {
-    "AttnProcessor",
-    "AttnProcessor2_0",
-    "AttnProcessorNPU",
-    "FusedAttnProcessor2_0",
-    "SlicedAttnProcessor",
-    "XFormersAttnProcessor",
-    "XLAFlashAttnProcessor2_0",
-}
+class Processor:
+    """Base of our attention processors: no arguments, no state, one instance for every layer.
 
-
-@dataclass(frozen=True)
-class Method:
-    """One published mechanism.
-
-    A *setting* is what tells the learned parts of layers apart: plain data, as it stands in a
-    config.json under `setting_key`.
-
-    Attributes:
-        name: what `linearize(model, name)` takes.
-        processor: class of the stateless processor; constructible without arguments.
-        layers: `(model) -> {path: attention layer}` that the method may take; ValueError if there
-            are none.
-        setting_key: name of a layer's setting in a checkpoint's `modules_list`.
-        settings: `(layers, stored, options) -> {path: setting}`, from all layers by path, the
-            options of `linearize` and the settings `stored` with the weights, by path, or None
-            without weights; a path left out stays softmax. ValueError for an option it does not
-            have or the weights do not allow.
-        child: `(attn, setting) -> module`, the freshly initialised learned part that hangs on the
-            layer as `attn.<name>`; a fresh one changes nothing. Of `attn` only `query_dim` and
-            `heads` are read, which an entry of a checkpoint has as well.
-        inherit: `(attn, child)`, gives a fresh child what it takes over of the layer's weights, or
-            None if that is nothing; called where those are at hand, whatever offloads them.
-        is_fresh: whether a child still has the weights it was made with.
-        break_even_tokens: `(attn, setting) -> tokens` from which on the layer costs less than
-            softmax.
-        state_bytes: bytes of the fp32 state a layer keeps per picture.
-        projections: whether to_q, to_k, to_v and to_out are what a student consists of, so that
-            they are always saved with it.
-        student: arguments of `linearize` after the pipeline that load a published student.
-        fused_name: where `fuse` hangs what it made of the layer.
-        fused: `(attn, child, dtype) -> module`, the layer for inference with fewer GEMMs, or None
-            if there is nothing to fuse.
-        pag_processors: the pair for `pipe.set_pag_applied_layers(layers, pair)`, or None if the
-            method does not run under perturbed-attention guidance.
-        read_file: `(name, tensors) -> StudentFile` of the authors' files that are a bare state
-            dict, or None if they published none.
-        nullable: names of options for which None is a value, not as if they were not given.
-        attach: `(model, settings)`, puts on the whole model what the layers need to know; called
-            after `linearize`.
-        detach: `(model)`, takes that off again.
+    diffusers sets the two class attributes when a backend is chosen or a model is split over ranks.
     """
 
-    name: str
-    processor: type
-    layers: Callable[[nn.Module], dict[str, Any]]
-    setting_key: str
-    settings: Callable[
-        [Mapping[str, Any], Mapping[str, Any] | None, dict[str, Any]], dict[str, Any]
-    ]
-    child: Callable[[Any, Any], nn.Module]
-    is_fresh: Callable[[nn.Module], bool]
-    break_even_tokens: Callable[[Any, Any], int]
-    state_bytes: Callable[[Any], int]
-    student: str
-    inherit: Callable[[Any, nn.Module], None] | None = None
-    projections: bool = False
-    fused_name: str | None = None
-    fused: Callable[[Attention, nn.Module | None, torch.dtype], nn.Module] | None = None
-    pag_processors: Callable[[], tuple[object, object]] | None = None
-    read_file: Callable[[str, Mapping[str, Tensor]], StudentFile] | None = None
-    nullable: tuple[str, ...] = ()
-    attach: Callable[[nn.Module, Mapping[str, Any]], None] = lambda model, settings: None
-    detach: Callable[[nn.Module], None] = lambda model: None
+    _attention_backend: Any = None
+    _parallel_config: Any = None
 
+    def refuse_context_parallelism(self) -> None:
+        """Refuse to attend to a share of the tokens as if it were all of them.
 
-@dataclass(frozen=True)
-class StudentFile:
-    """What is in a file of the authors'.
+        Raises:
+            ValueError: diffusers' context parallelism is on.
+        """
+        if self._parallel_config is not None:
+            raise ValueError(
+                f"_parallel_config: {type(self).__name__} does not run under diffusers' context"
+                " parallelism; it would see only its own share of the tokens"
+            )
 
-    Attributes:
-        tensors: by layer path, under the names they have on a layer of ours (`to_q.weight`,
-            `clear.pool.weight`).
-        settings: by layer path.
-        unknown: names that belong to no attention layer.
-    """
+    def refuse_mask(self, attention_mask: Tensor | None, why: str) -> None:
+        """Refuse a mask that the mechanism cannot honour.
 
-    tensors: dict[str, dict[str, Tensor]]
-    settings: dict[str, Any]
-    unknown: list[str]
+        Raises:
+            ValueError: there is one; the message says `why`.
+        """
+        if attention_mask is not None:
+            raise ValueError(
+                f"attention_mask: got one of shape {tuple(attention_mask.shape)}; {why}"
+            )
 
+    def softmax(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Softmax attention by the backend that the user chose, [B, N, H, D] in the dtype of q."""
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-def channels_of(attn: Any) -> int:
-    """Channels of the tokens that come into a layer, or into an entry of a checkpoint."""
-    width: int = attn.query_dim if hasattr(attn, "query_dim") else attn.to_q.in_features
-    return width
-
-
-def unsupported(attn: Attention) -> str | None:
-    """Why the weights of this layer have no linear form here, or None if they have."""
-    if attn.added_kv_proj_dim is not None:
-        return "it projects a second stream of keys (added_kv_proj_dim)"
-    if attn.is_causal:
-        return "it is causal"
-    if attn.inner_kv_dim != attn.inner_dim:
-        return f"its keys have {attn.inner_kv_dim} channels, its queries {attn.inner_dim}"
-    if attn.to_out is None:
-        return "it has no output projection (pre_only)"
-    return None
-
-
-def self_attention(model: nn.Module, *, processor: type) -> dict[str, Attention]:
-    """The layers of `model` that a method may take over, by path.
-
-    These are the modules of diffusers' class `Attention` that attend from pixels to pixels: not to
-    text, not from frame to frame.
-
-    Args:
-        model: any module.
-        processor: the method's own processor class, which counts as plain.
-
-    Raises:
-        ValueError: the model has none.
-    """
-    from diffusers.models.attention_processor import Attention
-
-    found = {
-        path: module
-        for path, module in model.named_modules()
-        if path
-        and isinstance(module, Attention)
-        and not module.is_cross_attention
-        and not _TEMPORAL.search(path)
-        and unsupported(module) is None
-        and (type(module.processor).__name__ in _PLAIN or isinstance(module.processor, processor))
-    }
-    if not found:
-        raise ValueError(
-            f"model_or_pipe: {type(model).__name__} has no self-attention of diffusers' class"
-            " Attention with a plain processor, so nothing to make linear"
+        out: Tensor = dispatch_attention_fn(
+            q,
+            k,
+            v,
+            attn_mask=attention_mask,
+            scale=scale,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
         )
-    return found
+        return out.to(q.dtype)
+
+
+class SelfAttentionProcessor(Processor):
+    """Processor of diffusers' class `Attention` whose self-attention is a mechanism's own.
+
+    A subclass writes `attend`. Norms of the layer, pictures as [B, C, H, W], residual and rescaling
+    are done here; cross-attention stays softmax and goes through diffusers' backends.
+    """
+
+    def attend(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """The mechanism, with the layer's projections before and after it.
+
+        Args:
+            attn: the layer.
+            hidden_states: queries come from these [B, N, C].
+            encoder_hidden_states: keys and values come from these [B, M, C]; None means from
+                `hidden_states`.
+            attention_mask: as diffusers hands it on.
+
+        Returns:
+            [B, N, C], after `to_out`.
+        """
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            attn: the layer.
+            hidden_states: [B, N, C] or [B, C, H, W].
+            encoder_hidden_states: text [B, M, C'] for cross-attention, further pixels [B, M, C] for
+                self-attention, or None.
+            attention_mask: what the mechanism takes for self-attention; anything diffusers takes
+                for cross-attention.
+            temb: what the spatial norm of the layer is conditioned on, if it has one.
+
+        Raises:
+            ValueError: something that the mechanism cannot honour; the message names it.
+        """
+        name = type(self).__name__
+        if isinstance(encoder_hidden_states, tuple):
+            raise ValueError(
+                "encoder_hidden_states: got the tuple of an IP-Adapter, which needs its own"
+                " processors on cross-attention; use linfusion.linearize(pipe), which leaves them"
+                f" in place, instead of set_attn_processor({name}())"
+            )
+        reason = unsupported(attn)
+        if reason is not None:
+            raise ValueError(f"attn: {name} cannot serve this layer: {reason}")
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        picture = hidden_states.shape if hidden_states.ndim == 4 else None
+        if picture is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        if attn.is_cross_attention and encoder_hidden_states is not None:
+            out = self._cross_attend(attn, hidden_states, encoder_hidden_states, attention_mask)
+        else:
+            self.refuse_context_parallelism()
+            out = self.attend(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+        if picture is not None:
+            out = out.transpose(1, 2).reshape(picture[0], -1, *picture[2:])
+        return finished(attn, out, residual)
+
+    def _cross_attend(
+        self, attn: Attention, x: Tensor, context: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        batch, tokens, _ = context.shape
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        if attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        q, k, v = projected(attn, x, context, context)
+        return projected_out(attn, self.softmax(q, k, v, attention_mask=attention_mask))
+
+
+def projected(
+    attn: Attention, for_q: Tensor, for_k: Tensor, for_v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, N, H, D] of what goes into each projection [B, N, C], normed a head at a time."""
+    q, k, v = (
+        linear(x).unflatten(-1, (attn.heads, -1))
+        for linear, x in ((attn.to_q, for_q), (attn.to_k, for_k), (attn.to_v, for_v))
+    )
+    if attn.norm_q is not None:
+        q = attn.norm_q(q)
+    if attn.norm_k is not None:
+        k = attn.norm_k(k)
+    return q, k, v
+
+
+def projected_out(attn: Any, x: Tensor) -> Tensor:
+    """[B, N, H, D] or [B, N, H·D] -> [B, N, C], by the layer's projection and dropout."""
+    out: Tensor = attn.to_out[1](attn.to_out[0](x.flatten(2)))
+    return out
+
+
+def finished(attn: Attention, out: Tensor, residual: Tensor) -> Tensor:
+    """With the layer's residual connection and rescaling, where it has them."""
+    if attn.residual_connection:
+        out = out + residual
+    return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out
