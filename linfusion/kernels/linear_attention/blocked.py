@@ -46,10 +46,12 @@ def state_forward(k: Tensor, v: Tensor, key_weight: Tensor | None, feature_map: 
         alone = k_run.shape[1] == tokens
         kv_part, k_part = (kv_b, k_b) if alone else (torch.zeros_like(kv_b), torch.zeros_like(k_b))
         for n in _slices(k_run.shape[1], size):
-            y = _phi(k_run[:, n], feature_map, *scratch)  # [b, H, n, D]
+            y, v_n = _phi(k_run[:, n], feature_map, *scratch), v_run[:, n]  # [b, H, n, D]
             if key_weight is not None:
-                y *= key_weight[b, run][:, None, n, None]
-            x = _heads_first(v_run[:, n], scratch[1])  # [bH, n, E]
+                w = key_weight[b, run][:, n]
+                y.mul_(w[:, None, :, None]).masked_fill_(w[:, None, :, None] == 0, 0)
+                v_n = v_n.masked_fill(w[..., None, None] == 0, 0)
+            x = _heads_first(v_n, scratch[1])  # [bH, n, E]
             y_chain, s = y.flatten(0, 1).transpose(1, 2), kv_part.flatten(0, 1)
             for m in _slices(x.shape[1], chain):
                 s.baddbmm_(y_chain[:, :, m], x[:, m])
@@ -240,10 +242,13 @@ def state_backward(
     for b, n in blocks(k, v):
         y = _phi(k[b, n], feature_map, features, spare)  # [b, H, n, D]
         x = v[b, n].transpose(1, 2).to(dkv.dtype)  # [b, H, n, E]
+        if key_weight is not None:
+            w = key_weight[b, None, n, None]
+            y.masked_fill_(w == 0, 0)
+            x = x.masked_fill(w == 0, 0)
         g = (x @ dkv[b].transpose(2, 3)).add_(dk_mean[b, :, None])
         x = y @ dkv[b]
         if key_weight is not None:
-            w = key_weight[b, None, n, None]
             g *= w
             x *= w
         dk[b, n] = g.mul_(_slope(y, feature_map)).transpose(1, 2)

@@ -27,6 +27,9 @@ def phi(x: Tensor, feature_map: str) -> Tensor:
 def state_forward(k: Tensor, v: Tensor, key_weight: Tensor | None, feature_map: str) -> LinearState:
     """Means over the keys."""
     dtype = accumulator(k, v)
+    if key_weight is not None:  # what is masked may be anything, but 0 times NaN is NaN
+        masked = (key_weight == 0)[:, :, None, None]
+        k, v = (x.masked_fill(masked & ~x.isfinite(), 0) for x in (k, v))
     k, v = phi(k.to(dtype), feature_map), v.to(dtype)
     if key_weight is None:
         count = torch.full((k.shape[0],), k.shape[1], dtype=dtype, device=k.device)

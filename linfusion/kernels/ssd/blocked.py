@@ -8,9 +8,9 @@ With s the running sum of the log-decays a inside a chunk, u = dt x, and h the s
 A run of chunks of some heads is one batch of products. Nothing as long as the tokens is allocated
 but the output, and one state a run for the backward pass, which computes the others again.
 
-Sums of log-decays are float64: exp(s_i - s_j) near 1 is lost in float32 where s is in the
-thousands. What the future must not see is set to -∞ before it is exponentiated, so that no product
-meets an overflow.
+Sums of log-decays have two parts: exp(s_i - s_j) near 1 is lost in float32 where s is in the
+thousands. What is not finite reaches the tokens that see it and no others: no product with 0 meets
+it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from torch import Tensor
 from linfusion.kernels.common import accumulator
 from linfusion.kernels.pages import empty_output
 from linfusion.kernels.ssd.chunks import (
-    LOG2_E,
     View,
+    add_seen,
     added_by,
     by_token,
-    cumulative,
     entering,
     parts_of,
     read_from,
     running,
     runs_of,
+    seen,
     shifted,
     states_between,
+    sums_of,
 )
 from linfusion.kernels.ssd.common import Choices, chunk_of, kept_states
 
@@ -72,7 +73,7 @@ def scan(
             o = read_from(c_, entering(states, reverse)).mul_(out)  # [k, b, g, Q, r, P]
             u = torch.mul(x_.transpose(3, 4), step.transpose(3, 4)).contiguous()
             decay *= (c_ @ b_.mT)[:, :, :, None]
-            o += (decay @ u).transpose(3, 4)
+            add_seen(o.transpose(3, 4), decay, u, reverse)
             if weight is not None:
                 o.addcmul_(x_.to(dtype), weight)
             view.tokens(y).copy_(o)
@@ -123,7 +124,7 @@ def scan_backward(
             u = torch.mul(x_.transpose(3, 4), step.transpose(3, 4)).contiguous()
             g = dy_.transpose(3, 4).contiguous()  # [k, b, g, r, Q, P]
             between = g @ u.mT  # [k, b, g, r, Q, Q]
-            between *= decay
+            between *= seen(decay, reverse)
             dcb = between.sum(3)
             cb = (c_ @ b_.mT)[:, :, :, None]
             between *= cb
@@ -159,17 +160,14 @@ def scan_backward(
 def _decays(
     view: View, a: Tensor, reverse: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is left of token j at token i [k, b, g, r, Q, Q], of the state before the chunk at token
-    i and of token j after the chunk [k, b, g, Q, r, 1], and of the state through the whole chunk
-    [k, b, g, r]."""
-    s = view.tokens(a[..., None]).to(torch.float64)[..., 0].mT * LOG2_E  # [k, b, g, r, Q]
-    s = cumulative(s, reverse)
-    total = s[..., 0 if reverse else -1, None]
-    size = s.shape[-1]
-    unseen = torch.full((size, size), float("-inf"), dtype=dtype, device=s.device)
-    unseen = unseen.tril_(-1) if reverse else unseen.triu_(1)
-    out, into, through = s.exp2(), (total - s).exp2_(), total[..., 0].exp2()
-    decay = torch.empty(*s.shape, size, dtype=dtype, device=s.device)
-    torch.sub(s[..., :, None], s[..., None, :], out=decay)
-    decay += unseen
-    return decay.exp2_(), by_token(out, dtype), by_token(into, dtype), through.to(dtype)
+    """What is left of token j at token i [k, b, g, r, Q, Q], of which `seen` holds; of the state
+    before the chunk at token i and of token j after the chunk [k, b, g, Q, r, 1]; and of the state
+    through the whole chunk [k, b, g, r]."""
+    high, low = sums_of(view.tokens(a[..., None])[..., 0].mT.to(dtype), reverse)  # [k, b, g, r, Q]
+    end = 0 if reverse else -1
+    out = (high + low).exp2_()
+    into = ((high[..., end, None] - high) + (low[..., end, None] - low)).exp2_()
+    decay = high[..., :, None] - high[..., None, :]
+    decay += low[..., :, None]
+    decay -= low[..., None, :]
+    return decay.exp2_(), by_token(out), by_token(into), out[..., end].contiguous()

@@ -299,22 +299,27 @@ def ssd_read(
     state = state_of(STATES, p, n, P, N).to(DOT)  # [BP, BN]
     o = tl.dot(q, tl.trans(state), input_precision=PRECISION)  # [BM, BP]
     o *= to_the_edge(S, i, last, length, BACKWARD)[:, None]
-    begin = start // BK * BK if BACKWARD else first
+    begin = start if BACKWARD else first
     end = last + 1 if BACKWARD else tl.minimum(start + BM, length)
     for at in range(begin, end, BK):
         j = at + tl.arange(0, BK)  # [BK]
         other = token_of(j, length, REVERSE)
         k = rows_of(K, other, j < length, n, k_sn, N, ALIGN).to(DOT)  # [BK, BN]
-        v = rows_of(V, other, j < length, p, v_sn, P, ALIGN).to(DOT)  # [BK, BP]
+        v = rows_of(V, other, j < length, p, v_sn, P, ALIGN)  # [BK, BP]
         w = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BK]
         w *= decays_of(S, i, j, length, BACKWARD)
         if not BACKWARD:
             w *= tl.load(DT + other * heads, mask=j < length, other=0.0)[None, :]
-        o = tl.dot(w.to(DOT), v, o, input_precision=PRECISION)
+            # Products with 0 would carry what is not finite to the tokens before it.
+            w = tl.where(i[:, None] >= j[None, :], w, 0.0)
+            v = tl.where((tl.abs(v) < float("inf")) | (j < start)[:, None], v, 0.0)
+        o = tl.dot(w.to(DOT), v.to(DOT), o, input_precision=PRECISION)
 
     mask = inside[:, None] & (p < P)[None, :]
-    if SKIPS or BACKWARD:
-        x = rows_of(X, token, inside, p, x_sn, P, ALIGN)  # [BM, BP]
+    x = rows_of(X, token, inside, p, x_sn, P, ALIGN)  # [BM, BP]
+    if not BACKWARD:
+        lost = tl.min(tl.where(tl.abs(x) < float("inf"), length, i[:, None]), 0)  # [BP]
+        o = tl.where(i[:, None] >= lost[None, :], float("nan"), o)
     if BACKWARD:
         tl.store(DDT + (b * length + token) * heads + h, tl.sum(o * x, 1), mask=inside)
         o *= tl.load(DT + token * heads, mask=inside, other=0.0)[:, None]
