@@ -36,6 +36,9 @@ LANES = 16
 # Elements of the keys of a block: 12 MB in float32.
 BLOCK = 3 << 20
 
+# What a bias may be instead of -inf.
+UNSEEN = -1e30
+
 # Scores of a block where they are held at all, in elements: off the CPU, and for gradients.
 SCORES = 1 << 22
 # Up to this many tokens a dense mask costs less than the calls for tiles.
@@ -341,5 +344,5 @@ def count_bias(
     """[queries, always]: 0 for the text, then the logarithm of the tokens a cell stands for."""
     counted = log_counts(grid, cells, radius, shape, q, where)
     # Of a row of -inf alone torch's flash kernel returns 0 as the log-sum-exp.
-    counted = counted.clamp(min=-1e30)
+    counted = counted.clamp(min=UNSEEN)
     return F.pad(counted, (always - counted.shape[1], 0))
