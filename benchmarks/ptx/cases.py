@@ -10,39 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.ptx.compare import TOLERANCE, Comparison, Draw, bf16, compare, f16, f32
+from benchmarks.ptx.hybrid import join, window_sum
 from linfusion.kernels.launch import Target
 
-
-class Comparison(NamedTuple):
-    """A result's largest error over the largest value of the reference, and what it may be."""
-
-    name: str
-    error: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        return self.error <= self.tolerance
-
-
 Case = Callable[[Target], list[Comparison]]
-
-bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-# A wrong element or a missing product moves a result by 1e-1 and more, at these sizes.
-_TOLERANCE = {bf16: 2e-2, f16: 3e-3, f32: 3e-6}
-
-
-def compare(name: str, got: Tensor, want: Tensor, tolerance: float) -> Comparison:
-    """The error is infinite where a result is not finite."""
-    got, want = got.double(), want.double()
-    scale = want.abs().max().item() or 1.0
-    error = (got - want).abs().max().item() / scale
-    return Comparison(name, error if math.isfinite(error) else math.inf, tolerance)
 
 
 @contextmanager
@@ -57,20 +33,6 @@ def nan_in_new_memory() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before)
         torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-class Draw:
-    """Normal numbers of one dtype, the same ones every time."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype, self._generator = dtype, torch.Generator().manual_seed(0)
-
-    def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self._generator).to(self.dtype)
-
-    def uniform(self, *shape: int) -> Tensor:
-        """Between 0 and 1, in float32."""
-        return torch.rand(*shape, generator=self._generator)
 
 
 def linear(
@@ -112,7 +74,7 @@ def linear(
     exact = reference.state_forward(k, v, None if weight is None else weight.double(), phi)
     want = reference.read_forward(q, *exact[:2], phi, normalizer, 1e-4, exact[2], torch.float64)
     wanted = torch.autograd.grad(want, (q, k, v), do.double())
-    tolerance = _TOLERANCE[dtype]
+    tolerance = TOLERANCE[dtype]
     found = [
         compare("kv", state[0], exact[0], tolerance),
         compare("k_mean", state[1], exact[1], max(tolerance, 1e-5)),
@@ -138,8 +100,8 @@ def strided(
         q.double(), kv, k_mean, "elu1", "mean", 1e-4, count, torch.float64
     )
     return [
-        compare("kv", state[0], kv, _TOLERANCE[dtype]),
-        compare("o", o, want, _TOLERANCE[dtype]),
+        compare("kv", state[0], kv, TOLERANCE[dtype]),
+        compare("o", o, want, TOLERANCE[dtype]),
     ]
 
 
@@ -180,12 +142,18 @@ def window(
     shape: str = "disc",
     batch: int = 1,
     backward: bool = True,
+    cells: tuple[int, ...] = (),
 ) -> list[Comparison]:
-    """Attention in a window; `always` keys are seen by all, `tiled` tokens come tile by tile."""
+    """Attention in a window; `always` keys are seen by all, `tiled` tokens come tile by tile.
+
+    With `cells`, keys that stand for them are more of those that all see.
+    """
     from linfusion.kernels.window_attention import TileOrder, reference, triton
+    from linfusion.kernels.window_attention.cells import cell_grid
     from linfusion.kernels.window_attention.common import bounded
 
     draw, tokens = Draw(dtype), math.prod(grid)
+    always += math.prod(cell_grid(grid, cells)) if cells else 0
     q, k, v, do, ka, va = (
         draw(batch, n, heads, d) for n in (tokens, tokens, tokens, tokens, always, always)
     )
@@ -199,10 +167,10 @@ def window(
         return order.undo(x) if tiled else x
 
     x = (into(q), into(k), into(v), ka, va)
-    o, lse = triton.attention(*x, *choices, tiled, target=target)
+    o, lse = triton.attention(*x, *choices, tiled, cells, target=target)
     exact = [t.double().requires_grad_() for t in (q, k, v, ka, va)]
-    want_o, want_lse = reference.attention(*exact, *choices)
-    tolerance = _TOLERANCE[dtype]
+    want_o, want_lse = reference.attention(*exact, *choices, cells)
+    tolerance = TOLERANCE[dtype]
     found = [
         compare("o", out_of(o), want_o, tolerance),
         compare("lse", out_of(lse), want_lse, max(tolerance / 10, 2e-6)),
@@ -210,7 +178,7 @@ def window(
     if backward:
         dlse = Draw(f32)(*lse.shape)
         gradients = triton.attention_backward(
-            into(do), into(dlse), *x, o, lse, *choices, tiled, target=target
+            into(do), into(dlse), *x, o, lse, *choices, tiled, cells, target=target
         )
         wanted = torch.autograd.grad(
             [want_o, want_lse], exact, [do.double(), dlse.double()], allow_unused=True
@@ -263,7 +231,7 @@ def scan(
     wanted = torch.autograd.grad(
         [want, want_final], [t for t in leaves if t is not None], [dy.double(), dfinal.double()]
     )
-    tolerance = _TOLERANCE[dtype]
+    tolerance = TOLERANCE[dtype]
     names = ("dx", "ddt", "da", "db", "dc", "dskip", "dfirst")
     return [
         compare("y", y, want, tolerance),
@@ -298,7 +266,7 @@ def scan_both_ways(
     one, other = ((steps[..., i].double(), decays[..., i].double()) for i in range(2))
     want = reference.scan(x, *one, b, c, skip.double(), None, None, False)[0]
     want = want + reference.scan(x, *other, b, c, None, None, None, True)[0]
-    return [compare("y", y, want, _TOLERANCE[dtype])]
+    return [compare("y", y, want, TOLERANCE[dtype])]
 
 
 def _of_scan(
@@ -355,6 +323,17 @@ CASES: dict[str, Case] = {
     "window 9 × 1 × 2": _case(window, f16, (9, 1, 2), 2.0, 1, 16, tiled=True),
     "window r=1, D=72": _case(window, bf16, (10, 10), 1.0, 1, 72),
     "window f32 D=8": _case(window, f32, (9, 11), 3.5, 1, 8, always=3),
+    "window bf16 D=80": _case(window, bf16, (11, 9), 4.0, 1, 80, always=9),
+    "window bf16 D=64, cells": _case(window, bf16, (13, 18), 4.0, 1, 64, always=5, cells=(4, 4)),
+    "window f32 D=16, cells of a video, tiled": _case(
+        window, f32, (5, 6, 4), 2.0, 1, 16, tiled=True, cells=(2, 2, 3)
+    ),
+    "hybrid sum bf16 64 × 64": _case(window_sum, bf16, (13, 18), 4.0, 64, 64),
+    "hybrid sum f16 96 × 128, tiled": _case(window_sum, f16, (11, 9), 3.0, 96, 128, tiled=True),
+    "hybrid sum f32 24 × 40": _case(window_sum, f32, (9, 10), 3.0, 24, 40),
+    "hybrid join bf16 64 × 128": _case(join, bf16, 150, 64, 128),
+    "hybrid join f32 40 × 24, nothing left out": _case(join, f32, 70, 40, 24, exclude=False),
+    "hybrid join f16 128 × 80, rotated": _case(join, f16, 90, 128, 80, rotated=True),
     "scan bf16 64×64, chunk 256": _case(scan, bf16, 600, 2, 1, 64, 64, 256),
     "scan bf16 64×64, chunk 64, reverse": _case(scan, bf16, 200, 4, 2, 64, 64, 64, reverse=True),
     "scan f16 64×128, chunk 128": _case(scan, f16, 300, 2, 1, 64, 128, 128, extras=False),
