@@ -15,7 +15,7 @@ help:
 	@echo "make test-gpu    kernels, processors and a pipeline each on a GPU; skipped where there is none"
 	@echo "make checkstyle  ruff and mypy"
 	@echo "make bench       benchmarks; one of them with ONLY=<name>"
-	@echo "make aot         compile every Triton kernel for four GPUs, without a GPU"
+	@echo "make aot         compile every Triton kernel for nine GPUs, without a GPU"
 	@echo "make docs        build the site into site/"
 	@echo "make clean       remove .venv and what was built"
 
