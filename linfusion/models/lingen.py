@@ -88,7 +88,7 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
         ngroups: int = 1,
         ssm_head_dim: int | None = None,
         bidirectional: str = "flip_sum",
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         scan_orders: tuple[str, ...] = ORDERS,
         review_pool: tuple[int, int, int] = (2, 2, 2),
         review_placement: str = "both",
