@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from linfusion.kernels.launch import Launch, Target
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Columns of a head of linear attention. 576 is DiT-XL/2 with LiT's two heads.
@@ -41,6 +44,15 @@ CHIPS = {
     "gfx1100": Chip("hip", "gfx1100", 32, 65_536, 96, launched=False),
     "gfx1201": Chip("hip", "gfx1201", 32, 65_536, 64, launched=False),
 }
+
+
+def target_of(chip: Chip, collected: list[Launch]) -> Target:
+    """What the library's launchers take to collect their launches for a chip."""
+    from linfusion.kernels.launch import Target
+
+    arch = chip.arch if isinstance(chip.arch, int) else 80
+    return Target(chip.vendor, chip.multiprocessors, collected.append, arch)
+
 
 # chip; head size, or channels × features of the scan; dtype
 Job = tuple[str, int | str, str]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.aot.chips import COLUMNS, RULE, Chip, Report
+from benchmarks.aot.chips import COLUMNS, RULE, Chip, Report, target_of
 
 if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
@@ -39,7 +39,7 @@ def launches(chip: Chip, d: int, dtype: str) -> list[tuple[str, Launch]]:
     constants: dict[str, dict[str, object]] = {}
     for radius in RADII:
         collected: list[Launch] = []
-        target = kernels.Target(chip.vendor, chip.multiprocessors, collected.append)
+        target = target_of(chip, collected)
         x = (empty(tokens), empty(tokens), empty(tokens), empty(TEXT), empty(TEXT))
         choices = (GRID, float(radius), "disc", d**-0.5, False)
         o, lse = kernels.attention(*x, *choices, target=target)

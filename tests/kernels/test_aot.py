@@ -121,7 +121,7 @@ def test_a_few_kernels_pass_on_every_chip(tmp_path):
     kernels = {r["kernel"].split(",")[0] for r in reports}
     assert {"linear_state_fwd", "linear_state_reduce", "linear_out_fwd"} <= kernels
     assert {"linear_bwd_q", "linear_bwd_q_rows", "linear_bwd_kv"} <= kernels
-    assert {"ssd_cumsum", "ssd_states", "ssd_pass", "ssd_read", "ssd_read_both"} <= kernels
+    assert {"ssd_cumsum", "ssd_states", "ssd_pass", "ssd_read"} <= kernels
     assert {"ssd_bwd_keys", "ssd_bwd_within", "ssd_bwd_decays"} <= kernels
     sums = {"linear_state_reduce", "ssd_cumsum", "ssd_pass", "ssd_bwd_decays"}
     assert all(r["mma"] for r in reports if r["kernel"].split(",")[0] not in sums)
