@@ -9,6 +9,8 @@ from benchmarks.aot.chips import CHIPS, COLUMNS, RULE, Chip, Report, target_of
 if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
 
+# Of a tile: tokens, columns of q or k, columns of v.
+TILE = ("BN", "BD", "BE", "BLOCK")
 LIT = 576  # columns of a head of DiT-XL/2 with LiT's two heads, whose feature map is another
 # A 1024-pixel image at the first level of Stable Diffusion 1.5, with guidance.
 BATCH, TOKENS, HEADS = 2, 16384, 8

@@ -13,6 +13,8 @@ from benchmarks.aot.chips import COLUMNS, RULE, Chip, Report, target_of
 if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
 
+# Of a tile: tokens that a program holds, that it takes at a time, columns.
+TILE = ("BM", "BK", "BD")
 HEAD_DIMS = (64, 72, 96, 128)
 RADII = (8, 16, 32)
 # FLUX.1 at 1024 pixels.

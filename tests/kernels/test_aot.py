@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.aot.chips import CHIPS, Report, jobs
 from benchmarks.aot.compiled import _hip_width
+from benchmarks.aot.page import page
 from benchmarks.aot.products import executed_for_each_needed
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,14 @@ def test_every_chip_that_is_launched_on_compiles_every_size():
         sizes = {(d, dtype) for c, d, dtype in jobs(("128×128",)) if c == name}
         wanted = {(d, t) for d in (72, 96, "128×128") for t in ("bfloat16", "float16", "float32")}
         assert wanted <= sizes or not chip.launched
+
+
+def test_the_page_says_which_chips_run_the_blocked_form():
+    scan = replace(GOOD, d="64×64", dtype="bfloat16", kernel="ssd_read", products=1.25)
+    text = page([scan, replace(scan, chip="gfx1100", spills=414)])
+    assert "| sm_80 | 1 | 1 | 80 | 166912, 166912 | 1.25 |" in text
+    assert "| gfx1100 | 1 | 1: blocked form there |" in text
+    assert "| bfloat16 | 64×64 | ssd_read |  | 80 | 414 | 166912 | mma.sync | 1.25 |" in text
 
 
 def dot(layout: str, rows: int, columns: int) -> str:
