@@ -50,9 +50,7 @@ def test_a_decay_of_any_size_gives_finite_outputs_and_gradients(impl, size):
     tensors["A"] = torch.full((4,), -size)
     tensors["dt"] += 10  # A times it overflows
     leaves = [t.requires_grad_() for t in tensors.values()]
-    y, h = ssd_scan(
-        **tensors, chunk_size=64, dt_softplus=True, return_final_states=True, impl=impl
-    )
+    y, h = ssd_scan(**tensors, chunk_size=64, dt_softplus=True, return_final_states=True, impl=impl)
     grads = torch.autograd.grad(y.square().sum() + h.sum(), leaves)
     assert all(t.isfinite().all() for t in (y, h, *grads))
 
