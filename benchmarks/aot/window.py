@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
 
 # Of a tile: tokens that a program holds, that it takes at a time, columns.
-TILE = ("BM", "BK", "BD")
+TILE = ("BM", "BK", "BA", "BB")
 HEAD_DIMS = (64, 72, 96, 128)
 RADII = (8, 16, 32)
 # FLUX.1 at 1024 pixels.
@@ -65,7 +65,8 @@ def traffic(launch: Launch) -> tuple[int, int, int]:
     # Tensors of the tokens that a program holds, and rows of the two tensors that it walks over.
     held = {"window_fwd": 2, "window_bwd_q": 4}.get(launch.kernel.__name__, 4)
     if launch.kernel.__name__ == "window_bwd_all":
-        rows = held * BATCH * HEADS * TEXT + 2 * launch.programs * a["tokens"]
+        tokens = a["T"] * a["Y"] * a["X"]
+        rows = held * BATCH * HEADS * TEXT + 2 * launch.programs * tokens
     else:
         entries = (len(a["TABLE"]) - 4 * a["tiles"]) // 2
         seen = 64 * entries + a["tiles"] * a.get("always", 0)
@@ -78,7 +79,7 @@ def section(reports: list[Report]) -> list[str]:
     """The lines of the page; `reports` are those of `launches`."""
     import torch
 
-    from linfusion.kernels.window_attention.triton_lists import lists
+    from linfusion.kernels.window_attention.triton.lists import lists
 
     lines = [
         "",
