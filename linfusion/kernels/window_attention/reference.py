@@ -37,15 +37,15 @@ def attention(
     dtype = accumulator(q)
     at = coordinates(grid, q.device)
     seen = window([x[:, None] - x[None, :] for x in at], radius, shape)  # [N, N]
-    always = torch.ones(len(seen), k_all.shape[1], dtype=torch.bool, device=q.device)
-    seen = torch.cat([always, seen], 1)  # [N, T + N]
+    bias = torch.zeros(len(seen), k_all.shape[1], dtype=dtype, device=q.device)
+    if cells:
+        counted = log_counts(grid, cells, radius, shape, q)  # [N, P]
+        bias[:, bias.shape[1] - counted.shape[1] :] = counted
+    seen = torch.cat([bias > float("-inf"), seen], 1)  # [N, T + N]
     keys, values = torch.cat([k_all, k], 1), torch.cat([v_all, v], 1)
     scores = torch.einsum("bnhd,bmhd->bnhm", q.to(dtype), keys.to(dtype)) * scale
+    scores = scores + F.pad(bias, (0, len(seen)))[:, None]
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
-    if cells:
-        bias = log_counts(grid, cells, radius, shape, q)  # [N, P]
-        left, right = k_all.shape[1] - bias.shape[1], k.shape[1]
-        scores = scores + F.pad(bias, (left, right))[:, None]
     lse = scores.logsumexp(-1)
     # No product of a weight 0 and a value that is not finite: that reaches who sees it.
     broken = ~values.isfinite().all(-1)  # [B, T + N, H]
