@@ -24,15 +24,17 @@ def accumulator(*tensors: Tensor) -> torch.dtype:
 
 
 def check_tensor(x: Tensor, name: str, axes: str) -> None:
-    """A floating tensor with the axes that `axes` names, as in "[B, N, H, D]", none of them empty.
+    """A floating tensor with the axes that `axes` names, as in "[B, N, H, D]" or "[..., C]", none
+    of them empty.
 
     Raises:
         ValueError: it is none.
     """
     if not isinstance(x, Tensor):
         raise ValueError(f"{name}: expected a tensor {axes}, got {type(x).__name__}")
-    count = axes.count(",") + 1
-    if x.dim() != count:
+    more = axes.startswith("[...")
+    count = axes.count(",") + 1 - more
+    if x.dim() != count and not (more and x.dim() > count):
         noun = "axis" if count == 1 else "axes"
         raise ValueError(f"{name}: expected {count} {noun} {axes}, got shape {tuple(x.shape)}")
     if not x.is_floating_point():
