@@ -100,6 +100,7 @@ class Report:
         hbm: bytes moved if every re-read hits a cache: each tensor once.
         issued: bytes that the programs load and store, re-reads included.
         minimum: bytes of the tensors as long as the sequence, each once.
+        narrow: loads of 2 bytes or less that may be, of what is shorter than the sequence.
     """
 
     chip: str
@@ -116,6 +117,7 @@ class Report:
     hbm: int
     issued: int
     minimum: int
+    narrow: int = 0
 
     def cells(self, kernel: str | None = None) -> str:
         """The start of this kernel's row in a table, under `COLUMNS`."""
@@ -138,7 +140,8 @@ class Report:
             found.append(
                 f"{self.products:.2f} products executed for each needed, {MOST_PRODUCTS} may be"
             )
-        if narrow := sum(count for width, count in self.loads.items() if width <= 2):
+        narrow = sum(count for width, count in self.loads.items() if width <= 2)
+        if narrow > self.narrow:
             found.append(f"{narrow} loads of 2 bytes or less")
         return [f"{self.chip} {self.dtype} D={self.d} {self.kernel}: {text}" for text in found]
 

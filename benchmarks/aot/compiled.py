@@ -7,9 +7,10 @@ import subprocess
 import tempfile
 from collections import Counter
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from benchmarks.aot import linear, ssd, window
+from benchmarks.aot import elementwise, hybrid, linear, ssd, window
 from benchmarks.aot.chips import CHIPS, Report
 from benchmarks.aot.products import executed_for_each_needed
 from benchmarks.compiling import compile_for
@@ -18,7 +19,19 @@ if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
 
 # By what the names of their kernels begin with.
-FAMILIES = {"linear": linear, "window": window, "ssd": ssd}
+FAMILIES = {
+    "linear": linear,
+    "window": window,
+    "hybrid": hybrid,
+    "ssd": ssd,
+    "norm": elementwise,
+    "rotary": elementwise,
+}
+
+
+def family_of(kernel: str) -> ModuleType:
+    """The module that knows a kernel of this name."""
+    return FAMILIES[kernel.partition("_")[0]]
 
 
 def compile_launch(name: str, launch: Launch, chip_name: str, d: int | str, dtype: str) -> Report:
@@ -30,7 +43,7 @@ def compile_launch(name: str, launch: Launch, chip_name: str, d: int | str, dtyp
         registers, spills, mma, loads = _read_cuda(asm["cubin"], asm["ptx"])
     else:
         registers, spills, mma, loads = _read_hip(asm["amdgcn"])
-    family = FAMILIES[launch.kernel.__name__.partition("_")[0]]
+    family = family_of(launch.kernel.__name__)
     hbm, issued, minimum = family.traffic(launch)
     options = launch.options
     tile = "×".join(str(launch.args[x]) for x in family.TILE if x in launch.args)
@@ -49,6 +62,7 @@ def compile_launch(name: str, launch: Launch, chip_name: str, d: int | str, dtyp
         hbm=hbm,
         issued=issued,
         minimum=minimum,
+        narrow=getattr(family, "NARROW", 0),
     )
 
 

@@ -58,6 +58,12 @@ def test_the_gate_names_each_fault():
         assert text in problem
 
 
+def test_a_norm_may_load_its_weight_by_the_number():
+    narrow = replace(GOOD, loads={16: 8, 2: 1})
+    assert narrow.failures() and not replace(narrow, narrow=1).failures()
+    assert replace(narrow, narrow=1, loads={2: 2}).failures()
+
+
 def test_a_chip_that_runs_the_blocked_form_fails_nothing():
     spilled = replace(GOOD, chip="gfx1100", spills=414)
     assert spilled.problems() and not spilled.failures()
