@@ -30,7 +30,7 @@ def flux_transformer(dtype: torch.dtype) -> Any:
 def flux(pixels: tuple[int, ...] = SIZES) -> Iterator[list[Row]]:
     """Full attention through SDPA against CLEAR, radius 8."""
     import linfusion
-    from linfusion.layers import record_of
+    from linfusion.layers.record import record_of
 
     dtype = torch.bfloat16
     model = flux_transformer(dtype)

@@ -21,7 +21,7 @@ import torch
 import linfusion
 from benchmarks.measure import Row, compare, machine
 from benchmarks.unet import sd15_unet
-from linfusion.pipelines.bounded import bounded
+from linfusion.bands.bounded import bounded
 
 PROVIDERS = ("softmax", "linear", "bounded")
 SIDE_BY_SIDE = 2048

@@ -69,8 +69,9 @@ def layers(dtype: torch.dtype) -> dict[str, nn.Module]:
     """The authors' layer, ours with the same weights, and ours fused."""
     from diffusers.models.attention_processor import Attention
 
-    from linfusion.attention.fused import FusedLayer
-    from linfusion.attention.linfusion import FeatureMap, LinFusionProcessor
+    from linfusion.attention.linfusion.feature_map import FeatureMap
+    from linfusion.attention.linfusion.fused import FusedLayer
+    from linfusion.attention.linfusion.processor import LinFusionProcessor
 
     torch.manual_seed(0)
     authors = AuthorsLayer(CHANNELS)

@@ -105,7 +105,7 @@ def dit_xl(blocks: int, dtype: torch.dtype) -> Any:
 def step(sizes: tuple[int, ...] = SIZES, blocks: int = BLOCKS) -> Iterator[list[Row]]:
     """Blocks of DiT-XL/2 in bfloat16: softmax, LiT in every layer, and `auto`."""
     import linfusion
-    from linfusion.layers import record_of
+    from linfusion.layers.record import record_of
 
     dtype = torch.bfloat16
 

@@ -29,7 +29,7 @@ def sd15_unet(dtype: torch.dtype) -> Any:
 def unet(pixels: tuple[int, ...] = SIZES) -> Iterator[list[Row]]:
     """Softmax through SDPA against every self-attention layer linear, and `auto`, also fused."""
     import linfusion
-    from linfusion.layers import record_of
+    from linfusion.layers.record import record_of
 
     dtype = torch.bfloat16
     model = sd15_unet(dtype)

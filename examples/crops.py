@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from linfusion.pipelines.pictures import read
+from linfusion.files.picture_reader import read
 
 CELL, GAP, LABEL = 256, 6, 22
 PARTS = (1.0, 1 / 8, None)  # of the width; None is as many pixels as a cell has

@@ -23,8 +23,8 @@ from linfusion import zoo
 from linfusion.cli.console import emit_table, say
 from linfusion.cli.info import machine
 from linfusion.cli.measure import human_bytes, measure
+from linfusion.files.video_writer import open_video
 from linfusion.pipelines.arguments import draw_arguments
-from linfusion.pipelines.video_writers import open_video
 
 PROMPTS = ("a red heart", "a pizza", "a cat face", "a yellow heart")
 SEED = 0

@@ -9,43 +9,43 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from linfusion._version import __version__
+
 if TYPE_CHECKING:
-    from linfusion.attention.bimamba2 import BiMamba2
     from linfusion.attention.clear import CLEARProcessor
-    from linfusion.attention.linfusion import LinFusionProcessor
+    from linfusion.attention.linfusion.processor import LinFusionProcessor
     from linfusion.attention.lit import LiTProcessor
-    from linfusion.attention.mamba2 import Mamba2
-    from linfusion.attention.mate import MATE
-    from linfusion.attention.mate_processor import MATEProcessor
-    from linfusion.attention.tesa import TESA
+    from linfusion.attention.mamba2.bidirectional import BiMamba2
+    from linfusion.attention.mamba2.causal import Mamba2
+    from linfusion.attention.mate.layer import MATE
+    from linfusion.attention.mate.processor import MATEProcessor
+    from linfusion.attention.mate.tesa import TESA
+    from linfusion.authors_api import LinFusion
     from linfusion.fuse import fuse, unfuse
-    from linfusion.inherit import inherit
     from linfusion.kernels import linear_attention, window_attention
     from linfusion.linearize import linearize, restore
+    from linfusion.lit.inherit import inherit
     from linfusion.models import LinGenTransformer3DModel, StreamState
-    from linfusion.pipelines.highres import HighResPipeline
-    from linfusion.pipelines.lingen import LinGenPipeline
+    from linfusion.pipelines.highres.pipeline import HighResPipeline
+    from linfusion.pipelines.lingen.pipeline import LinGenPipeline
     from linfusion.summary import summary
-    from linfusion.weights import LinFusion
-
-__version__ = "0.1.0"
 
 _HOME = {
-    "BiMamba2": "linfusion.attention.bimamba2",
+    "BiMamba2": "linfusion.attention.mamba2.bidirectional",
     "CLEARProcessor": "linfusion.attention.clear",
-    "HighResPipeline": "linfusion.pipelines.highres",
-    "LinFusion": "linfusion.weights",
-    "LinFusionProcessor": "linfusion.attention.linfusion",
-    "LinGenPipeline": "linfusion.pipelines.lingen",
+    "HighResPipeline": "linfusion.pipelines.highres.pipeline",
+    "LinFusion": "linfusion.authors_api",
+    "LinFusionProcessor": "linfusion.attention.linfusion.processor",
+    "LinGenPipeline": "linfusion.pipelines.lingen.pipeline",
     "LinGenTransformer3DModel": "linfusion.models",
     "LiTProcessor": "linfusion.attention.lit",
-    "MATE": "linfusion.attention.mate",
-    "MATEProcessor": "linfusion.attention.mate_processor",
-    "Mamba2": "linfusion.attention.mamba2",
+    "MATE": "linfusion.attention.mate.layer",
+    "MATEProcessor": "linfusion.attention.mate.processor",
+    "Mamba2": "linfusion.attention.mamba2.causal",
     "StreamState": "linfusion.models",
-    "TESA": "linfusion.attention.tesa",
+    "TESA": "linfusion.attention.mate.tesa",
     "fuse": "linfusion.fuse",
-    "inherit": "linfusion.inherit",
+    "inherit": "linfusion.lit.inherit",
     "linear_attention": "linfusion.kernels",
     "linearize": "linfusion.linearize",
     "restore": "linfusion.linearize",

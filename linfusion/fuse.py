@@ -7,8 +7,10 @@ from typing import Any
 from torch import nn
 
 from linfusion.attention import get_method
-from linfusion.layers import compute_dtype, model_of, projections, record_of
-from linfusion.offload import lifted
+from linfusion.layers.find import compute_dtype, model_of
+from linfusion.layers.offload import lifted
+from linfusion.layers.projections import projections
+from linfusion.layers.record import record_of
 
 
 def fuse(model_or_pipe: Any) -> Any:

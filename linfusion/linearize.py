@@ -10,28 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from linfusion.attention import get_method, volumes
-from linfusion.fitting import fit, method_of, put_in, refuse_copied, student_of, swap
-from linfusion.layers import (
-    MARKER,
-    RECORD,
-    Record,
-    TakenLayer,
-    candidates,
-    compute_dtype,
-    mark,
-    model_of,
-    projections,
-    record_of,
-    select,
-    tokens_at,
-)
-from linfusion.offload import lifted
+from linfusion.attention import get_method
+from linfusion.attention.grids import video as volumes
+from linfusion.layers.find import candidates, compute_dtype, model_of, select, tokens_at
+from linfusion.layers.offload import lifted
+from linfusion.layers.projections import projections, put_in, refuse_copied, swap
+from linfusion.layers.record import MARKER, RECORD, Record, TakenLayer, mark, record_of
+from linfusion.students.loading import fit, method_of, student_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from linfusion.weights import LinFusion
+    from linfusion.students.student import LinFusion
 
 _PAG = "_linfusion_pag_processors"  # on a pipeline: the pair it had
 
@@ -76,7 +66,7 @@ def linearize(
             `radius=8, down_factor=1, proportional=False`; what is not given is as the weights say.
             "lit": those of `linfusion.attention.lit.Form`, as `heads=2, conv="value_shared"`, and
             `softmax_every=n`, which leaves every n-th layer as it is. "mate": those of
-            `linfusion.attention.mate_processor.Mixture`, as `window=(8, 4, 4)`.
+            `linfusion.attention.mate.processor.Mixture`, as `window=(8, 4, 4)`.
 
     Returns:
         `model_or_pipe`.

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from linfusion.attention import get_method, names
-from linfusion.attention.base import Method, channels_of
-from linfusion.layers import candidates, model_of, record_of
+from linfusion.attention.method import Method, channels_of
+from linfusion.layers.find import candidates, model_of
+from linfusion.layers.record import record_of
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 
 import linfusion
 from linfusion import LinFusionProcessor
-from linfusion.layers import record_of, select, tokens_at
+from linfusion.layers.find import select, tokens_at
+from linfusion.layers.record import record_of
 from linfusion.linearize import as_softmax
-from linfusion.weights import LinFusion, learned
-from tests.students import GOLDEN, self_attention_names, student_for
+from linfusion.students.saving import learned
+from linfusion.students.student import LinFusion
+from tests.student_files import GOLDEN, self_attention_names, student_for
 from tests.tiny import (
     denoise,
     tiny_controlnet,

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 import linfusion
 from linfusion import zoo
-from linfusion.layers import model_of
+from linfusion.layers.find import model_of
 from linfusion.pipelines.arguments import draw_arguments
 
 # Of a teacher and all of its students.

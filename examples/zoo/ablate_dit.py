@@ -37,9 +37,9 @@ from train_dit import (
 )
 
 import linfusion
+from linfusion.evaluation.features import random_features
+from linfusion.evaluation.metrics import kernel_distance
 from linfusion.pipelines import DiTPipeline
-from linfusion.training.features import random_features
-from linfusion.training.metrics import kernel_distance
 
 BATCH = 32  # pictures drawn at a time
 
@@ -132,7 +132,9 @@ def train(
     if arm.linear:
         linfusion.linearize(dit, "lit", heads=2, conv=arm.conv)
         if arm.inherits:
-            print(linfusion.inherit(dit, teacher.transformer, "lit", seed=args.seed), flush=True)
+            print(
+                linfusion.lit.inherit(dit, teacher.transformer, "lit", seed=args.seed), flush=True
+            )
     scheduler = build_scheduler()
     losses = objective(
         torch.compile(dit, dynamic=False),

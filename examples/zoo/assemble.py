@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 import linfusion
-from linfusion.lowrank import save_low_rank
-from linfusion.pipelines import stock
-from linfusion.weights import LinFusion
-from linfusion.whole import load_whole
+from linfusion.lit.whole import load_whole
+from linfusion.pipelines.load import load as load_pipeline
+from linfusion.students.low_rank import save_low_rank
+from linfusion.students.student import LinFusion
 
 ZOO = Path(__file__).parents[2] / "linfusion" / "zoo"
 LIMIT = 24_000_000  # bytes of a teacher and its students
@@ -46,7 +46,7 @@ def main() -> None:
 
     tmp = ZOO / f"{args.name}.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
-    pipe = stock.load(str(args.pipeline), dtype=torch.float16)
+    pipe = load_pipeline(str(args.pipeline), dtype=torch.float16)
     if not (students or args.whole or isinstance(pipe, linfusion.LinGenPipeline)):
         parser.error(f"--student: expected one or more of a {type(pipe).__name__}, got none")
     for part in pipe.components.values():

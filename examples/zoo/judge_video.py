@@ -26,16 +26,16 @@ from tqdm.auto import tqdm
 from train_video import LOOP
 
 from linfusion import zoo
-from linfusion.pipelines import LinGenPipeline
-from linfusion.training.features import random_features
-from linfusion.training.metrics import kernel_distance_ratio
-from linfusion.training.video_metrics import (
+from linfusion.evaluation.features import random_features
+from linfusion.evaluation.metrics import kernel_distance_ratio
+from linfusion.evaluation.video_metrics import (
     ClipFeatures,
     clip_distances,
     clip_features,
     flicker,
     motion,
 )
+from linfusion.pipelines import LinGenPipeline
 
 BATCH = 8  # clips drawn at a time
 SHOWN = 8  # clips of the sheet, and frames of each

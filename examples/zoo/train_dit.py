@@ -25,7 +25,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
 from linfusion.pipelines import DiTPipeline
-from linfusion.training.hybrid import hybrid_losses
+from linfusion.training.objectives.hybrid import hybrid_losses
 
 SIZE = 128
 DROPPED = 0.1  # of the labels

@@ -34,7 +34,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from linfusion.models import LinGenTransformer3DModel, split_blocks
 from linfusion.pipelines import LinGenPipeline
-from linfusion.training.video import noise_levels
+from linfusion.training.teachers.lingen import noise_levels
 
 ZOO = Path(__file__).parents[2] / "linfusion" / "zoo" / "emoji"
 SIZE = 128  # the VAE loses the faces at 64 px: 21 dB, against 26

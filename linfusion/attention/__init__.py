@@ -2,13 +2,13 @@
 
 from importlib import import_module
 
-from linfusion.attention.base import Method
+from linfusion.attention.method import Method
 
 _HOME = {
-    "linfusion": "linfusion.attention.linfusion",
+    "linfusion": "linfusion.attention.linfusion.method",
     "clear": "linfusion.attention.clear",
     "lit": "linfusion.attention.lit",
-    "mate": "linfusion.attention.mate_processor",
+    "mate": "linfusion.attention.mate.processor",
 }
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linfusion.attention import grids as hosts
-from linfusion.attention.base import Method, StudentFile
-from linfusion.attention.grids import Grids
+from linfusion.attention.grids import joint as hosts
+from linfusion.attention.grids.joint import Grids
+from linfusion.attention.method import Method, StudentFile
 from linfusion.kernels import window_attention
 
 NAME = "clear"

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linfusion.attention import patches
-from linfusion.attention.base import Method, unsupported
+from linfusion.attention.grids import dit as patches
+from linfusion.attention.method import Method, unsupported
 from linfusion.kernels import linear_attention
 from linfusion.kernels.library import without_autocast
 

@@ -43,7 +43,7 @@ _WRONG_CALL = (ValueError, OSError, ImportError)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from linfusion import __version__
+        from linfusion._version import __version__
 
         typer.echo(f"linfusion {__version__}")
         raise typer.Exit

@@ -38,7 +38,8 @@ def convert(
     if (destination / "config.json").exists():
         raise ValueError(f"destination: {str(destination)!r} already holds weights")
     with working(f"reading {source}"):
-        from linfusion.weights import LinFusion, relaid, save
+        from linfusion.students.saving import relaid, save
+        from linfusion.students.student import LinFusion
 
         side = LinFusion.from_pretrained(source, dtype=stored_dtype(source))
         layers, before = len(side.entries), side.config.layout
@@ -52,10 +53,10 @@ def convert(
         if complete:
             relaid(side, _LAYOUT[to]).save_pretrained(destination)
         else:
-            import linfusion
+            from linfusion.linearize import linearize
 
             pipe = load.load_pipeline(model or "", device_map="cpu")
-            linfusion.linearize(pipe, side.config.method, weights=source)
+            linearize(pipe, side.config.method, weights=source)
             save(pipe, destination, layout=_LAYOUT[to])
     if as_json:
         emit_json(

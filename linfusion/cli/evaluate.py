@@ -99,8 +99,8 @@ def evaluate(
     if output:
         check_writable("output", output)
     with working(f"evaluating {model}"):
-        from linfusion.training.evaluation import evaluate as judge
-        from linfusion.training.features import inception_features
+        from linfusion.evaluation.compare import evaluate as judge
+        from linfusion.evaluation.features import inception_features
 
         pipe = load.load_pipeline(model, dtype=dtype, variant=variant, device_map=device_map)
         pipe.set_progress_bar_config(disable=True)  # `judge` shows one of its own
@@ -167,9 +167,9 @@ def _judge_picture(
     with working(f"judging {picture}"):
         import numpy as np
 
-        from linfusion.pipelines.pictures import open_picture
-        from linfusion.training import large
-        from linfusion.training.data import image_folder, rgb
+        from linfusion.evaluation import large_pictures as large
+        from linfusion.files.picture_reader import open_picture
+        from linfusion.training.data.pictures import image_folder, rgb
 
         real = []
         if images is not None:

@@ -110,8 +110,8 @@ def generate(
     seed = secrets.randbelow(2**32) if seed is None else seed
     paths = output_paths(output, prompts, num_images_per_prompt, seed)
 
-    import linfusion
     from linfusion.pipelines.arguments import draw_arguments
+    from linfusion.summary import summary
 
     with working(f"loading {model}"):
         pipe = load.load_pipeline(
@@ -155,7 +155,7 @@ def generate(
         )
         common = {
             "model": model,
-            "method": "softmax" if softmax else linfusion.summary(pipe).method,
+            "method": "softmax" if softmax else summary(pipe).method,
             "weights": weights,
             "dtype": str(pipe.dtype).removeprefix("torch."),
             "device": str(pipe._execution_device),

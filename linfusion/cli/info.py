@@ -20,12 +20,12 @@ def info(as_json: Json = False) -> None:
     """Print versions and devices, for a bug report."""
     import torch
 
-    import linfusion
     from linfusion import zoo
+    from linfusion._version import __version__
 
     with working():
         result: dict[str, Any] = {
-            "linfusion": linfusion.__version__,
+            "linfusion": __version__,
             "python": platform.python_version(),
             "platform": platform.platform(),
             "machine": machine(),

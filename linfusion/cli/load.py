@@ -148,7 +148,7 @@ def load_pipeline(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of the text encoder's tensors; that of the parts is enough
-    from linfusion.pipelines import stock
+    from linfusion.pipelines.load import load as load_pipeline
 
     device = device_map or default_device()
     check_device("device_map", device)
@@ -161,7 +161,7 @@ def load_pipeline(
         kwargs["device_map"] = parse_json_object("--device-map", device)
     elif not cpu_offload:
         kwargs["device_map"] = device
-    return stock.load(check_model(model), **kwargs)
+    return load_pipeline(check_model(model), **kwargs)
 
 
 def find_weights(pipe: DiffusionPipeline, model: str, weights: str | None) -> str:
@@ -172,7 +172,7 @@ def find_weights(pipe: DiffusionPipeline, model: str, weights: str | None) -> st
     """
     if found := student_of(model, weights):
         return found
-    from linfusion.weights import published_for
+    from linfusion.authors_api import published_for
 
     try:
         return published_for(pipe)
@@ -196,13 +196,14 @@ def put_student(
     Raises:
         ValueError: there are none, or they do not fit.
     """
-    import linfusion
-    from linfusion.layers import MARKER, model_of
-    from linfusion.whole import is_whole, load_whole
+    from linfusion.layers.find import model_of
+    from linfusion.layers.record import MARKER
+    from linfusion.linearize import linearize as make_linear
+    from linfusion.lit.whole import is_whole, load_whole
 
     config: Any = model_of(pipe).config
     if weights is None and MARKER in config:
-        linfusion.linearize(pipe, **options)
+        make_linear(pipe, **options)
         return None
     weights = find_weights(pipe, model, weights)
     if is_whole(pipe, weights):
@@ -211,7 +212,7 @@ def put_student(
             raise ValueError(f"{given[0]}: {weights} is a whole model, which says so itself")
         load_whole(pipe, weights)
     else:
-        linfusion.linearize(pipe, method, weights=weights, **options)
+        make_linear(pipe, method, weights=weights, **options)
     return weights
 
 

@@ -31,8 +31,10 @@ def summary(
     """
     load.check_model(model)
     with working(f"loading {model}"):
-        import linfusion
-        from linfusion.layers import MARKER, model_of
+        from linfusion.layers.find import model_of
+        from linfusion.layers.record import MARKER
+        from linfusion.linearize import linearize
+        from linfusion.summary import summary as summarize
 
         pipe = load.load_pipeline(
             model, dtype=dtype, variant=variant, revision=revision, token=token, device_map="cpu"
@@ -42,8 +44,8 @@ def summary(
         if weights or MARKER in config:
             weights = load.put_student(pipe, model, weights, method=method, layers=layers)
         elif layers:
-            linfusion.linearize(pipe, method, layers=layers)
-        found = linfusion.summary(pipe)
+            linearize(pipe, method, layers=layers)
+        found = summarize(pipe)
     if as_json:
         emit_json({"pipeline": model, "weights": weights, **found.to_dict()})
     else:

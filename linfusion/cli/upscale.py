@@ -16,7 +16,7 @@ from linfusion.cli.size import choose_size
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from linfusion.pipelines.plan import Plan
+    from linfusion.pipelines.highres.plan import Plan
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 
@@ -140,10 +140,11 @@ def upscale(
 
     import torch
 
-    import linfusion
+    from linfusion.bands.budget import parse_bytes
+    from linfusion.linearize import linearize
+    from linfusion.pipelines import HighResPipeline
     from linfusion.pipelines.arguments import draw_arguments
-    from linfusion.pipelines.budget import parse_bytes
-    from linfusion.pipelines.hosts import image_to_image, is_transformer
+    from linfusion.pipelines.highres.hosts import image_to_image, is_transformer
 
     if memory_budget is not None:
         parse_bytes(memory_budget)
@@ -165,7 +166,7 @@ def upscale(
         if is_transformer(pipe):
             clear = False if softmax else _windows(pipe, model, method, weights)
         elif not softmax:
-            linfusion.linearize(pipe, method, weights=load.find_weights(pipe, model, weights))
+            linearize(pipe, method, weights=load.find_weights(pipe, model, weights))
         load.optimize(
             pipe,
             lora=loras,
@@ -176,9 +177,7 @@ def upscale(
             vae_slicing=False,
             compile_blocks=False,
         )
-        highres = linfusion.HighResPipeline(
-            pipe, memory_budget=memory_budget, scratch=scratch, clear=clear
-        )
+        highres = HighResPipeline(pipe, memory_budget=memory_budget, scratch=scratch, clear=clear)
         if dry_run:
             plan = highres.plan(prompt, **call)
         else:
@@ -190,7 +189,7 @@ def upscale(
     if dry_run:
         _show(plan, as_json)
     elif as_json:
-        from linfusion.pipelines.pictures import read_parameters
+        from linfusion.files.picture_reader import read_parameters
 
         about = {"path": str(made.path), "seconds": seconds, "width": pixels[1]}
         emit_json({**about, "height": pixels[0], **read_parameters(output)})

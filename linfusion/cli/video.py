@@ -18,7 +18,7 @@ from linfusion.cli.size import choose_size
 if TYPE_CHECKING:
     import numpy as np
 
-    from linfusion.pipelines.lingen import LinGenPipeline
+    from linfusion.pipelines.lingen.pipeline import LinGenPipeline
 
 DEFAULT_MODEL = "zoo:emoji-video"
 
@@ -103,9 +103,9 @@ def video(
     import torch
 
     from linfusion.cli.measure import human_bytes, peak_rss
-    from linfusion.pipelines.resume import seed_of
-    from linfusion.pipelines.video_files import read_video
-    from linfusion.pipelines.video_writers import open_video
+    from linfusion.files.video_reader import read_video
+    from linfusion.files.video_writer import open_video
+    from linfusion.pipelines.state import seed_of
 
     if resume and seed is None and seed_of(state) is not None:
         generator = None  # the seed is in the folder
@@ -176,7 +176,7 @@ def _load(
     Raises:
         ValueError: a pipeline of another kind.
     """
-    from linfusion.pipelines.lingen import LinGenPipeline
+    from linfusion.pipelines.lingen.pipeline import LinGenPipeline
 
     pipe = load.load_pipeline(
         model,
@@ -201,7 +201,7 @@ def _picture(path: Path) -> Any:
 
 def _fitting(pipe: LinGenPipeline, frames: np.ndarray) -> np.ndarray:
     """The end of a video, of as many frames as the model can go on from; what goes is said."""
-    from linfusion.pipelines.clips import first_frame
+    from linfusion.pipelines.lingen.latents import first_frame
 
     patch = pipe.transformer.config.patch_size[0]
     latents = (len(frames) - 1) // pipe.vae_scale_factor_temporal + 1

@@ -18,8 +18,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
-from linfusion.attention.mate import MATE, LayerState
-from linfusion.attention.rotary_major_scan import ORDERS
+from linfusion.attention.mate.layer import MATE, LayerState
+from linfusion.attention.mate.scan_orders import ORDERS
 from linfusion.models.lingen_block import LinGenBlock, modulated
 from linfusion.models.positions import Positions
 from linfusion.models.softmax import SoftmaxAttention

@@ -7,7 +7,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from linfusion.attention.mate import MATE, RUN, LayerState
+from linfusion.attention.mate.layer import MATE, RUN, LayerState
 from linfusion.models.softmax import SoftmaxAttention
 
 

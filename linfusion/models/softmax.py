@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from linfusion.attention.mate import LayerState
+from linfusion.attention.mate.layer import LayerState
 
 
 class SoftmaxAttention(nn.Module):

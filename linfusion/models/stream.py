@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from linfusion.attention.mate import LayerState
+from linfusion.attention.mate.layer import LayerState
 
 _TENSORS = ("conv", "ssm", "halo", "review")
 

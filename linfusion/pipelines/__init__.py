@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from linfusion.pipelines.dit import DiTPipeline
-    from linfusion.pipelines.highres import HighResPipeline
-    from linfusion.pipelines.lingen import LinGenPipeline
+    from linfusion.lit.pipeline import DiTPipeline
+    from linfusion.pipelines.highres.pipeline import HighResPipeline
+    from linfusion.pipelines.lingen.pipeline import LinGenPipeline
 
 _HOME = {
-    "DiTPipeline": "linfusion.pipelines.dit",
-    "HighResPipeline": "linfusion.pipelines.highres",
-    "LinGenPipeline": "linfusion.pipelines.lingen",
+    "DiTPipeline": "linfusion.lit.pipeline",
+    "HighResPipeline": "linfusion.pipelines.highres.pipeline",
+    "LinGenPipeline": "linfusion.pipelines.lingen.pipeline",
 }
 
 __all__ = ["DiTPipeline", "HighResPipeline", "LinGenPipeline"]

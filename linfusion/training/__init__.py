@@ -1,30 +1,12 @@
-"""Distillation of a linear student from its own softmax teacher, and the metrics that judge it."""
+"""Distillation of a linear student from its own softmax teacher."""
 
 import importlib
 
 _HOME = {
     "TrainConfig": "config",
     "distill": "trainer",
-    "encode_clips": "clips",
-    "evaluate": "evaluation",
-    "Distillation": "objective",
-    "frechet_distance": "metrics",
-    "kernel_distance": "metrics",
-    "kernel_distance_ratio": "metrics",
-    "kernel_distance_subsets": "metrics",
-    "psnr": "metrics",
-    "ssim": "metrics",
-    "consistency": "large",
-    "patch_distances": "large",
-    "patch_features": "large",
-    "repetition_score": "large",
-    "seam_score": "large",
-    "clip_distances": "video_metrics",
-    "clip_features": "video_metrics",
-    "flicker": "video_metrics",
-    "motion": "video_metrics",
-    "inception_features": "features",
-    "random_features": "features",
+    "encode_clips": "data.clips",
+    "Distillation": "objectives.distillation",
 }
 __all__ = sorted(_HOME)
 

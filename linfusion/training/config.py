@@ -52,7 +52,7 @@ class TrainConfig:
         window: of "mate": frames, height and width of its windows in tokens, as "8,4,4"; None is
             that.
         branch_mix: of "mate": how its branches are put together; None is "gated".
-        inherit: of "lit": what the student takes over, as `linfusion.inherit`.
+        inherit: of "lit": what the student takes over, as `linfusion.lit.inherit`.
         teacher_model_name_or_path: of "lit": a pipeline whose transformer teaches; None is the one
             that the student starts from.
         kd_variance_weight: of "lit": weight of the teacher's variance head; None is 0.

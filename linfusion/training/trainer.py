@@ -27,12 +27,13 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-import linfusion
 from linfusion import zoo
-from linfusion.attention import volumes
-from linfusion.layers import MARKER, candidates, select
-from linfusion.pipelines.stock import load
-from linfusion.training.cache import TrainingSet, plan_sizes
+from linfusion.attention.grids import video as volumes
+from linfusion.files.sheets import side_by_side
+from linfusion.layers.find import candidates, select
+from linfusion.layers.record import MARKER
+from linfusion.linearize import linearize, restore
+from linfusion.pipelines.load import load
 from linfusion.training.checkpoints import (
     checkpoint_to_resume,
     remove_leftovers,
@@ -41,9 +42,11 @@ from linfusion.training.checkpoints import (
     step_of,
     warn_of_changes,
 )
-from linfusion.training.clips import Clip, ClipSet, VideoTeacher, check_clips, clip_folder
 from linfusion.training.config import TrainConfig, writable_folder
-from linfusion.training.data import (
+from linfusion.training.data.cache import TrainingSet, plan_sizes
+from linfusion.training.data.clips import Clip, ClipSet, check_clips, clip_folder
+from linfusion.training.data.films import Film, FilmSet, check_films, film_folder
+from linfusion.training.data.pictures import (
     Example,
     datasets_set,
     digest,
@@ -51,14 +54,15 @@ from linfusion.training.data import (
     read_prompts,
     webdataset_shards,
 )
-from linfusion.training.films import Film, FilmSet, check_films, film_folder
-from linfusion.training.grids import side_by_side
-from linfusion.training.objective import Distillation
+from linfusion.training.objectives.distillation import Distillation
+from linfusion.training.objectives.from_data import FromData
+from linfusion.training.objectives.whole import WholeStudent
 from linfusion.training.optimizers import build_optimizer
-from linfusion.training.teachers import FlowTeacher, NoiseTeacher, Teacher
-from linfusion.training.variance import ClassTeacher, PixArtTeacher, VarianceTeacher
-from linfusion.training.video import FromData, LinGenHost
-from linfusion.training.whole import WholeStudent
+from linfusion.training.teachers.base import Teacher
+from linfusion.training.teachers.images import FlowTeacher, NoiseTeacher
+from linfusion.training.teachers.lingen import LinGenHost
+from linfusion.training.teachers.variance import ClassTeacher, PixArtTeacher, VarianceTeacher
+from linfusion.training.teachers.video import VideoTeacher
 
 Pair = Distillation | WholeStudent | FromData
 CONSTRAINED_EVERY = 20  # steps
@@ -165,8 +169,8 @@ def load_examples(config: TrainConfig) -> list[Example] | list[Clip] | list[Film
     """Pictures and captions of the configured source; None if the teacher is to draw them.
 
     Raises:
-        ValueError, ImportError: as the sources in `linfusion.training.data`, `clip_folder` and
-            `film_folder`.
+        ValueError, ImportError: as the sources in `linfusion.training.data.pictures`,
+            `clip_folder` and `film_folder`.
     """
     if config.method == "lingen":
         return film_folder(config)
@@ -247,10 +251,8 @@ def _check_student(config: TrainConfig, teacher: Teacher, examples: Any) -> None
         _pair(config, teacher).close()
     # A student that was saved inside its model is not tried on: restore would forget that it is.
     elif config.weights is not None or MARKER not in teacher.model.config:
-        linfusion.linearize(
-            teacher.model, config.method, weights=config.weights, **config.method_options
-        )
-        linfusion.restore(teacher.model)
+        linearize(teacher.model, config.method, weights=config.weights, **config.method_options)
+        restore(teacher.model)
 
 
 def _pair(config: TrainConfig, teacher: Teacher) -> Pair:

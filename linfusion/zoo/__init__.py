@@ -86,16 +86,17 @@ def load(
         )
     import torch
 
-    import linfusion
-    from linfusion.pipelines import stock
+    from linfusion.linearize import linearize
+    from linfusion.pipelines import LinGenPipeline
+    from linfusion.pipelines.load import load as load_pipeline
 
     dtype = dtype or torch.float32
-    pipe = stock.load(str(folder), dtype=dtype)
-    if isinstance(pipe, linfusion.LinGenPipeline):
+    pipe = load_pipeline(str(folder), dtype=dtype)
+    if isinstance(pipe, LinGenPipeline):
         if not linear:
             raise ValueError(f"linear: got False, but {name} is linear itself and has no teacher")
     elif linear:
-        linfusion.linearize(pipe, weights=found[student or next(iter(found))] if found else None)
+        linearize(pipe, weights=found[student or next(iter(found))] if found else None)
     elif teacher.is_dir():
         softmax = type(pipe.transformer).from_pretrained(teacher, torch_dtype=dtype)
         pipe.register_modules(transformer=softmax)

@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 import linfusion
 from linfusion.attention.clear import CLEARProcessor, Window
-from linfusion.attention.grids import grids_of
-from linfusion.layers import record_of
+from linfusion.attention.grids.joint import grids_of
+from linfusion.layers.record import record_of
 from linfusion.linearize import as_softmax
 from tests.dense import masked, window_mask
 from tests.tiny import tiny_unet

@@ -12,9 +12,10 @@ from diffusers.models.attention_processor import Attention, SanaLinearAttnProces
 
 import linfusion
 from linfusion.attention.lit import CONVOLUTIONS, DepthwiseConv, LinearMixer, LiTProcessor
-from linfusion.layers import record_of
+from linfusion.layers.record import record_of
 from linfusion.linearize import as_softmax
-from linfusion.weights import LinFusion, save
+from linfusion.students.saving import save
+from linfusion.students.student import LinFusion
 from tests.tiny import tiny_unet
 from tests.tiny_dit import dit_inputs, forward, pixart_inputs, tiny_dit, tiny_pixart
 

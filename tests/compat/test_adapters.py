@@ -10,7 +10,7 @@ from peft.utils import get_peft_model_state_dict
 
 import linfusion
 from linfusion import LinFusionProcessor
-from tests.students import student_for
+from tests.student_files import student_for
 from tests.tiny import TEXT_WIDTH, run, tiny_image, tiny_sd_pipeline, tiny_unet
 
 IMAGE = {"ip_adapter_image": tiny_image(3, 32)}

@@ -10,7 +10,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 
 import linfusion
-from linfusion.inherit import inherit
+from linfusion.lit.inherit import inherit
 from tests.tiny_dit import dit_inputs, forward, pixart_inputs, tiny_dit, tiny_pixart
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*linearized without weights")

@@ -18,7 +18,7 @@ from diffusers import (
 
 import linfusion
 from linfusion import LinFusionProcessor
-from tests.students import student_for
+from tests.student_files import student_for
 from tests.tiny import (
     XL_TEXT_WIDTH,
     denoise,

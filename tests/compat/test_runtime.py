@@ -12,8 +12,9 @@ from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.training_utils import EMAModel
 
 import linfusion
-from linfusion.weights import LinFusion, learned, save
-from tests.students import student_for
+from linfusion.students.saving import learned, save
+from linfusion.students.student import LinFusion
+from tests.student_files import student_for
 from tests.tiny import denoise, run, tiny_sd_pipeline, tiny_unet, unet_inputs
 
 CPU = torch.device("cpu")

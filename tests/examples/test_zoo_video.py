@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from linfusion.evaluation.video_metrics import ClipDistances
 from linfusion.models import LinGenTransformer3DModel
-from linfusion.pipelines.stock import load
-from linfusion.training.video_metrics import ClipDistances
+from linfusion.pipelines.load import load
 
 PICTURES = Path(__file__).parents[1] / "data" / "emoji"
 SCRIPTS = Path(__file__).parents[2] / "examples" / "zoo"

@@ -8,7 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 
 import linfusion
-from linfusion.attention import mate
+from linfusion.attention.mate import layer as mate
 from linfusion.models import lingen_block
 from linfusion.models.lingen import LinGenBlock, LinGenTransformer3DModel
 from linfusion.models.stream import StreamState, split_blocks
@@ -423,7 +423,7 @@ def test_a_block_without_positions_is_refused_before_it_is_written():
 
 def test_it_is_a_public_name():
     assert linfusion.LinGenTransformer3DModel is LinGenTransformer3DModel
-    assert linfusion.MATE.__module__ == "linfusion.attention.mate"
+    assert linfusion.MATE.__module__ == "linfusion.attention.mate.layer"
 
 
 @pytest.mark.parametrize("causal", [False, True])

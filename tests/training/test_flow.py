@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import linfusion
 from linfusion.training import Distillation, TrainConfig, distill
-from linfusion.training.teachers import FlowTeacher
+from linfusion.training.teachers.images import FlowTeacher
 from tests.tiny import tiny_image
 from tests.tiny_joint import (
     flux_inputs,

@@ -1,0 +1,1 @@
+"""Where tokens lie: the grids of the hosts."""

@@ -1,0 +1,240 @@
+"""LinFusion's attention (Liu et al. 2024, arXiv:2409.02097): its learned map and its processors."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from linfusion.attention.linfusion.feature_map import NAME
+from linfusion.attention.method import unsupported
+from linfusion.kernels import linear_attention
+
+if TYPE_CHECKING:
+    from diffusers.models.attention_processor import Attention
+
+FUSED = "linfusion_fused"
+
+
+_warned_undistilled = False
+
+
+def key_weight(attention_mask: Tensor, tokens: int) -> Tensor:
+    """Weights of the keys [B, M] that do what an attention mask does to softmax.
+
+    A bias b_j that is added to every score of key j multiplies its exp(q·k_j) by exp(b_j).
+
+    Args:
+        attention_mask: bool (True keeps the key) or an additive bias; [B, M], [B, 1, M] or
+            [B, 1, 1, M], where B may be 1.
+        tokens: M.
+
+    Raises:
+        ValueError: the mask tells queries or heads apart, or has another length or dtype.
+    """
+    shape = tuple(attention_mask.shape)
+    if attention_mask.ndim < 2 or any(n != 1 for n in shape[1:-1]) or shape[-1] != tokens:
+        raise ValueError(
+            f"attention_mask: got {shape}; linear attention takes one weight a key, so"
+            f" [B, {tokens}], [B, 1, {tokens}] or [B, 1, 1, {tokens}]"
+        )
+    mask = attention_mask.reshape(shape[0], tokens)
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise ValueError(
+            f"attention_mask: got {mask.dtype}; expected bool (True keeps) or an additive float"
+        )
+    return mask.float().exp()
+
+
+class LinFusionProcessor:
+    """Attention processor of diffusers whose self-attention is linear in the number of tokens.
+
+    o_i = φ(q_i)·S / (φ(q_i)·m + 1e-4),  S = mean_j φ(k_j)ᵀv_j,  m = mean_j φ(k_j),  φ = elu + 1,
+    q = W_q(x + f(x)),  k = W_k(x + g(x)),  v = W_v x  (LinFusion, eq. 7), where f and g are the
+    learned child `attn.linfusion` and 0 without it.
+
+    Cross-attention stays softmax and goes through diffusers' backends. It has no state: one
+    instance may serve every layer, as in `unet.set_attn_processor(LinFusionProcessor())`.
+    """
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            attn: the layer.
+            hidden_states: [B, N, C] or [B, C, H, W].
+            encoder_hidden_states: text [B, M, C'] for cross-attention, further pixels [B, M, C] for
+                self-attention, or None.
+            attention_mask: see `key_weight` for self-attention; anything diffusers takes for
+                cross-attention.
+            temb: what the spatial norm of the layer is conditioned on, if it has one.
+
+        Raises:
+            ValueError: something that linear attention cannot honour; the message names it.
+        """
+        if isinstance(encoder_hidden_states, tuple):
+            raise ValueError(
+                "encoder_hidden_states: got the tuple of an IP-Adapter, which needs its own"
+                " processors on cross-attention; use linfusion.linearize(pipe), which leaves them"
+                " in place, instead of set_attn_processor(LinFusionProcessor())"
+            )
+        reason = unsupported(attn)
+        if reason is not None:
+            raise ValueError(f"attn: LinFusionProcessor cannot serve this layer: {reason}")
+        residual = hidden_states
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        picture = hidden_states.shape if hidden_states.ndim == 4 else None
+        if picture is not None:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+
+        if attn.is_cross_attention and encoder_hidden_states is not None:
+            out = self._softmax(attn, hidden_states, encoder_hidden_states, attention_mask)
+        else:
+            out = self._linear(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+        if picture is not None:
+            out = out.transpose(1, 2).reshape(picture[0], -1, *picture[2:])
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out
+
+    def _linear(
+        self, attn: Attention, x: Tensor, context: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor:
+        if self._parallel_config is not None:
+            raise ValueError(
+                "_parallel_config: LinFusionProcessor does not run under diffusers' context"
+                " parallelism; it would see only its own share of the tokens"
+            )
+        tokens = (x if context is None else context).shape[1]
+        weight = None if attention_mask is None else key_weight(attention_mask, tokens)
+        fused = getattr(attn, FUSED, None)
+        if fused is not None:
+            _refuse_unfusable(attn, context)
+            return attn.to_out[1](fused(x, weight))
+        context = x if context is None else context
+        child = getattr(attn, NAME, None)
+        if child is None:
+            _warn_undistilled()
+            x_q, x_k = x, context
+        else:
+            x_q, x_k = child(x, context)
+        q, k, v = (_heads(attn, t) for t in (attn.to_q(x_q), attn.to_k(x_k), attn.to_v(context)))
+        if attn.norm_q is not None:
+            q = attn.norm_q(q)
+        if attn.norm_k is not None:
+            k = attn.norm_k(k)
+        out = linear_attention(q, k, v, key_weight=weight).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out))
+
+    def _softmax(
+        self, attn: Attention, x: Tensor, context: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        batch, tokens, _ = context.shape
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        if attn.norm_cross:
+            context = attn.norm_encoder_hidden_states(context)
+        q, k, v = (_heads(attn, t) for t in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
+        if attn.norm_q is not None:
+            q = attn.norm_q(q)
+        if attn.norm_k is not None:
+            k = attn.norm_k(k)
+        out = dispatch_attention_fn(
+            q,
+            k,
+            v,
+            attn_mask=attention_mask,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out[1](attn.to_out[0](out.flatten(2).to(q.dtype)))
+
+
+class LinFusionPAGProcessor(LinFusionProcessor):
+    """Perturbed-attention guidance (Ahn et al. 2024): the last part of the batch attends to itself.
+
+    The batch is [conditional, perturbed]; each perturbed token sees its own value alone.
+    """
+
+    _parts = 2
+
+    def _linear(
+        self, attn: Attention, x: Tensor, context: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor:
+        straight = x.shape[0] // self._parts * (self._parts - 1)
+        if x.shape[0] % self._parts or context is not None:
+            raise ValueError(
+                f"hidden_states: perturbed-attention guidance expects {self._parts} equal parts"
+                f" and no context, got a batch of {x.shape[0]}"
+            )
+        if attention_mask is not None and attention_mask.shape[0] != 1:
+            attention_mask = attention_mask[:straight]
+        out = super()._linear(attn, x[:straight], None, attention_mask)
+        perturbed = attn.to_out[1](attn.to_out[0](attn.to_v(x[straight:])))
+        return torch.cat([out, perturbed])
+
+
+class LinFusionPAGCFGProcessor(LinFusionPAGProcessor):
+    """The same with classifier-free guidance: [unconditional, conditional, perturbed]."""
+
+    _parts = 3
+
+
+def _heads(attn: Attention, t: Tensor) -> Tensor:
+    return t.unflatten(-1, (attn.heads, -1))
+
+
+def _refuse_unfusable(attn: Attention, context: Tensor | None) -> None:
+    """A fused layer computes from copies; what these cannot follow is an error."""
+    if context is not None:
+        raise ValueError(
+            "encoder_hidden_states: a fused layer attends to its own input alone; call"
+            " linfusion.unfuse first"
+        )
+    if attn.training and torch.is_grad_enabled():
+        raise ValueError(
+            "attn: a fused layer cannot be trained; call linfusion.unfuse, or model.eval()"
+        )
+    for name in ("to_q", "to_k", "to_v"):
+        module = getattr(attn, name)
+        if type(module) is not nn.Linear:
+            raise ValueError(
+                f"attn: {name} became a {type(module).__module__}.{type(module).__name__} after"
+                " linfusion.fuse (a LoRA?),"
+                " which would have no effect; call linfusion.unfuse first"
+            )
+
+
+def _warn_undistilled() -> None:
+    global _warned_undistilled
+    if _warned_undistilled or torch.compiler.is_compiling():
+        return
+    _warned_undistilled = True
+    warnings.warn(
+        "LinFusionProcessor runs on a layer without learned weights: pictures will be wrong until"
+        " the weights of a distilled student are loaded, as in"
+        ' linfusion.linearize(pipe, weights="Yuanshi/LinFusion-1-5").',
+        UserWarning,
+        stacklevel=3,
+    )

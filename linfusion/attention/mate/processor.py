@@ -1,0 +1,440 @@
+"""MATE in place of the self-attention of video transformers, with the weights of what it replaces.
+
+For Wan, SANA-Video and CogVideoX. That a trained transformer hands on its attention is the idea of
+LinGen-Uni (the journal extension of LinGen, Wang et al. 2024, arXiv:2412.09856) and of LinMU (Wang
+2026, arXiv:2601.01322).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linfusion.attention.grids import video as volumes
+from linfusion.attention.grids.video import Grid
+from linfusion.attention.mamba2.bidirectional import BiMamba2
+from linfusion.attention.mamba2.qk_norms import qk_norm_of
+from linfusion.attention.mate.layer import MIXES, PLACEMENTS, pool
+from linfusion.attention.mate.scan_orders import ORDERS, RotaryMajorScan, flatten, unflatten
+from linfusion.attention.mate.tesa import attend_windows, outside_of
+from linfusion.attention.method import Method, channels_of
+
+NAME = "mate"
+
+# Processors that compute attention over the video, or text and video, and nothing besides.
+_PLAIN = {"WanAttnProcessor", "SanaLinearAttnProcessor3_0", "CogVideoXAttnProcessor2_0"}
+_FREE = ("chunk_size",)  # what weights do not depend on
+_OF_LAYER = ("layer", "qk_norm", "qk_norm_eps")  # of a setting, beside the fields of a Mixture
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What stands in for softmax over the whole video.
+
+    Args:
+        window: (t, h, w) in tokens; a token attends to those of its window, which every second
+            layer moves by half of it. Cut to the grid.
+        shift_mode: where moved windows begin, "pad" or "roll", as for `linfusion.TESA`.
+        scan_orders: in which layers take turns to scan the video, as for `RotaryMajorScan`.
+        review_pool: (t, h, w) tokens averaged into a review token; (1, 3, 3) keeps time.
+        review_placement: "both" lets each direction of the scan read them first, "front" the
+            forward one alone; "none".
+        branch_mix: "gated" weighs the branches by learned weights of each token, at first 1 for
+            the windows and 0 for the scan, so that a fresh layer is its windowed attention; "sum"
+            adds them, as LinGen does.
+        d_conv: taps of the scan's convolution.
+        share_bc, share_dt, average: of the scan, as for `linfusion.BiMamba2`.
+        chunk_size: of the scan; changes time and rounding only.
+
+    Raises:
+        ValueError: a value that is out of range.
+    """
+
+    window: tuple[int, int, int] = (8, 4, 4)
+    shift_mode: str = "pad"
+    scan_orders: tuple[str, ...] = ORDERS
+    review_pool: tuple[int, int, int] = (2, 2, 2)
+    review_placement: str = "both"
+    branch_mix: str = "gated"
+    d_conv: int = 4
+    share_bc: bool = True
+    share_dt: bool = False
+    average: bool = False
+    chunk_size: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("window", "review_pool"):
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or len(value) != 3 or not _positive(*value):
+                raise ValueError(f"{name}: got {value!r}, expected three positive whole numbers")
+            object.__setattr__(self, name, tuple(value))
+        orders = self.scan_orders
+        if not isinstance(orders, list | tuple):
+            raise ValueError(f"scan_orders: got {orders!r}, expected several permutations of 'thw'")
+        object.__setattr__(self, "scan_orders", tuple(orders))
+        try:
+            RotaryMajorScan(self.scan_orders)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"scan_{error}") from None
+        outside_of(self.window, False, self.shift_mode)
+        for name, accepted in (("review_placement", PLACEMENTS), ("branch_mix", MIXES)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {accepted}")
+        if not _positive(self.d_conv):
+            raise ValueError(f"d_conv: got {self.d_conv!r}, expected a positive whole number")
+        if not _positive(self.chunk_size) or self.chunk_size > 64:
+            raise ValueError(f"chunk_size: got {self.chunk_size!r}, expected 1 to 64 tokens")
+        for name in ("share_bc", "share_dt", "average"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+
+
+class Mixer(nn.Module):
+    """What hangs on a layer as `attn.mate`: the scan, and the weights of the two branches.
+
+    The windowed attention has no weights of its own: it is computed with the projections and norms
+    of the layer.
+
+    Args:
+        width: channels of the tokens.
+        heads: of the layer.
+        setting: fields of a `Mixture`, and of the layer "layer", its place among all, which gives
+            the order of the scan and whether windows are moved, "qk_norm" and "qk_norm_eps".
+
+    Raises:
+        ValueError: a field there is not, or is missing.
+    """
+
+    def __init__(self, width: int, heads: int, setting: Mapping[str, Any]) -> None:
+        super().__init__()
+        names = {field.name for field in fields(Mixture)}
+        if not isinstance(setting, Mapping) or set(setting) - names != set(_OF_LAYER):
+            raise ValueError(
+                f"mixture: got {setting!r}, expected {', '.join(_OF_LAYER)} and some of"
+                f" {sorted(names)} by name"
+            )
+        own = {name: value for name, value in setting.items() if name in names}
+        self.mixture = mixture = Mixture(**own)
+        self.order = RotaryMajorScan(mixture.scan_orders).for_layer(setting["layer"])
+        self.outside = outside_of(mixture.window, setting["layer"] % 2 == 1, mixture.shift_mode)
+        self.ma = BiMamba2.like_attention(
+            width,
+            heads,
+            qk_norm=setting["qk_norm"],
+            qk_norm_eps=setting["qk_norm_eps"],
+            d_conv=mixture.d_conv,
+            chunk_size=mixture.chunk_size,
+            share_bc=mixture.share_bc,
+            share_dt=mixture.share_dt,
+            average=mixture.average,
+        )
+        self.mix = None
+        if mixture.branch_mix == "gated":
+            self.mix = nn.Linear(width, 2)
+            nn.init.zeros_(self.mix.weight)
+            nn.init.zeros_(self.mix.bias)
+
+    def forward(self, x: Tensor, te: Tensor, grid: Grid) -> Tensor:
+        """y = s_te·TE(x) + s_ma·MA(x)  (LinGen, section 3; the weights are LinMU's).
+
+        s_te = 2σ(W x), s_ma = tanh(W' x), or 1 without weights.
+
+        Args:
+            x: what came into the layer, [B, T·H·W, C], frame by frame, row by row.
+            te: the windowed attention after its output projection, [B, T·H·W, C].
+            grid: (T, H, W).
+
+        Returns:
+            [B, T·H·W, C].
+        """
+        video = unflatten(x, grid, "thw")
+        sequence, lead = flatten(video, self.order), 0
+        if self.mixture.review_placement != "none":
+            review = flatten(pool(video, self.mixture.review_pool), self.order)
+            sequence, lead = torch.cat([review, sequence], 1), review.shape[1]
+        scanned = self.ma(sequence, lead=lead, lead_first=self.mixture.review_placement == "both")
+        ma = unflatten(scanned, grid, self.order).flatten(1, 3)
+        if self.mix is None:
+            return te + ma
+        to_ma, to_te = self.mix(x).split(1, -1)
+        return te * (2 * to_te.sigmoid()) + ma * to_ma.tanh()
+
+
+class MATEProcessor:
+    """Attention processor of diffusers for the self-attention of Wan, SANA-Video and CogVideoX.
+
+    Two branches that are mixed: softmax attention inside windows of the video, with the layer's own
+    projections, norms and rotary embedding (TESA), and a bidirectional Mamba-2 over all of it, in
+    which C, B and x are queries, keys and values before the rotary embedding (`attn.mate`). Cost
+    and memory are linear in the tokens.
+
+    In CogVideoX, whose text is in the same sequence, a window also sees all of the text, and a text
+    token sees all text and video tokens; the scan is over the video alone.
+
+    It has no state: one instance serves every layer. The grid comes with the arguments, from hooks
+    that `linfusion.linearize` puts on the model.
+    """
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+        image_rotary_emb: Any = None,
+        video_grid: Grid | None = None,
+    ) -> Any:
+        """Attend.
+
+        Args:
+            attn: the layer.
+            hidden_states: tokens of the video [B, T·H·W, C].
+            encoder_hidden_states: tokens of the text [B, L, C], for CogVideoX alone.
+            attention_mask: must be None.
+            rotary_emb: `VideoRotary`, for Wan and SANA-Video.
+            image_rotary_emb: (cos, sin) of the video's tokens or None, for CogVideoX.
+            video_grid: (T, H, W), for CogVideoX.
+
+        Returns:
+            Tokens of the video, and for CogVideoX those of the text.
+
+        Raises:
+            ValueError: something that this attention cannot honour; the message names it.
+        """
+        child = getattr(attn, NAME, None)
+        grid = video_grid or getattr(rotary_emb, "grid", None)
+        if child is None or grid is None:
+            missing = "its scan" if child is None else "the grid of its tokens"
+            raise ValueError(
+                f"attn: MATEProcessor misses {missing} on this layer; use"
+                ' linfusion.linearize(model, "mate"), which gives both'
+            )
+        if attention_mask is not None:
+            raise ValueError(
+                f"attention_mask: got one of shape {tuple(attention_mask.shape)}; MATE's scan"
+                " cannot leave tokens out, so there can be no mask over the video"
+            )
+        if self._parallel_config is not None:
+            raise ValueError(
+                "_parallel_config: MATEProcessor does not run under diffusers' context parallelism;"
+                " it would see only its own share of the tokens"
+            )
+        joint = video_grid is not None
+        if joint != (encoder_hidden_states is not None):
+            got = "none" if encoder_hidden_states is None else "some"
+            raise ValueError(
+                f"encoder_hidden_states: got {got}; there have to be some where text and video"
+                " attend to one another, as in CogVideoX, and nowhere else"
+            )
+        x = hidden_states
+        if x.shape[1] != math.prod(grid):
+            raise ValueError(
+                f"hidden_states: got {x.shape[1]} tokens, expected {math.prod(grid)} of the grid"
+                f" {grid}"
+            )
+        text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+        tokens = x if encoder_hidden_states is None else torch.cat([encoder_hidden_states, x], 1)
+        q, k, v = _projected(attn, child, tokens)
+        rotary = image_rotary_emb if joint else rotary_emb
+        if rotary is not None:
+            cos, sin = (t[:, None] if joint else t for t in rotary)
+            q, k = (_rotated(t, cos, sin, text) for t in (q, k))
+
+        own = [t[:, text:].unflatten(1, grid) for t in (q, k, v)]
+        seen = attend_windows(
+            own[0],
+            own[1],
+            own[2],
+            child.mixture.window,
+            child.outside,
+            context=(k[:, :text], v[:, :text]) if text else None,
+            backend=self._attention_backend,
+        ).flatten(1, 3)
+        out = attn.to_out[1](child(x, _projected_out(attn, seen), grid))
+        if not joint:
+            return out
+        text_out = _projected_out(attn, self._softmax(q[:, :text], k, v))
+        return out, attn.to_out[1](text_out)
+
+    def _softmax(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        out: Tensor = dispatch_attention_fn(q, k, v, backend=self._attention_backend)
+        return out
+
+
+def _projected(attn: Any, child: Mixer, tokens: Tensor) -> list[Tensor]:
+    """q, k, v [B, N, H, D], normed as the layer norms them."""
+    across = (child.ma.qk_norm or "").endswith("across_heads")
+    found = []
+    for linear, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)):
+        x = linear(tokens)
+        x = norm(x) if across and norm is not None else x
+        x = x.unflatten(-1, (attn.heads, -1))
+        found.append(x if across or norm is None else norm(x))
+    return found
+
+
+def _projected_out(attn: Any, x: Tensor) -> Tensor:
+    """[B, N, H, D] -> [B, N, C], without the dropout."""
+    out: Tensor = attn.to_out[0](x.flatten(2))
+    return out
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, text: int) -> Tensor:
+    """x [B, text + N, H, D] with neighbouring channels of all but the text turned.
+
+    They are turned as complex numbers. cos, sin: [..., N, 1, D], in which neighbours are equal.
+    """
+    real, imaginary = x[:, text:].unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., ::2], sin[..., ::2]
+    parts = [real * cos - imaginary * sin, real * sin + imaginary * cos]
+    turned = torch.stack(parts, -1).flatten(-2).to(x.dtype)
+    return torch.cat([x[:, :text], turned], 1) if text else turned
+
+
+def _positive(*values: object) -> bool:
+    return all(type(value) is int and value >= 1 for value in values)
+
+
+def video_attention(model: nn.Module) -> dict[str, Any]:
+    """The self-attention (`attn1`) of Wan, SANA-Video or CogVideoX, by path.
+
+    Raises:
+        ValueError: it is another model, a layer runs a processor that would lose something, or its
+            weights cannot be taken over.
+    """
+    if volumes.kind_of(model) is None:
+        raise ValueError(
+            f"model_or_pipe: {type(model).__name__} has no self-attention that MATE knows the grid"
+            f" of; expected one of {', '.join(volumes.HOSTS)}, or a pipeline with one"
+        )
+    found: dict[str, Any] = {
+        path: module
+        for path, module in model.named_modules()
+        if re.fullmatch(r"(transformer_)?blocks\.\d+\.attn1", path)
+    }
+    for path, attn in found.items():
+        processor = attn.processor
+        if type(processor).__name__ not in _PLAIN and not isinstance(processor, MATEProcessor):
+            raise ValueError(
+                f"model_or_pipe: {path} runs {type(processor).__name__}, which MATE would replace;"
+                " call model.unfuse_qkv_projections() or model.set_attn_processor with diffusers'"
+                " own processor first"
+            )
+        width = channels_of(attn)
+        for name in ("to_q", "to_k", "to_v", "to_out.0"):
+            linear = attn.get_submodule(name)
+            weight = getattr(linear, "base_layer", linear).weight  # LoRA wraps the layer
+            if tuple(weight.shape) != (width, width) or not weight.is_floating_point():
+                raise ValueError(
+                    f"model_or_pipe: {path}.{name} is {tuple(weight.shape)} {weight.dtype}; the"
+                    f" scan takes over floating-point weights of {width} by {width}"
+                )
+        try:
+            qk_norm_of(attn)
+        except ValueError as error:
+            raise ValueError(f"model_or_pipe: {path} of {error}") from None
+    return found
+
+
+def settings(
+    found: Mapping[str, Any], stored: Mapping[str, Any] | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Fields of the `Mixture` of every layer, its place, and the norm of its queries and keys.
+
+    Raises:
+        ValueError: an option there is not, a value out of range, or one the weights do not allow.
+    """
+    names = [field.name for field in fields(Mixture)]
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        raise ValueError(f"{unknown[0]}: method 'mate' has no such option; it has {names}")
+    mixture = _plain(Mixture(**options))
+    if stored is None:
+        made = {}
+        for layer, (path, attn) in enumerate(found.items()):
+            qk_norm, eps = qk_norm_of(attn)
+            made[path] = {**mixture, "layer": layer, "qk_norm": qk_norm, "qk_norm_eps": eps}
+        return made
+    free = {name: mixture[name] for name in options if name in _FREE}
+    for path, setting in stored.items():
+        for name in options:
+            if name not in free and setting.get(name) != mixture[name]:
+                raise ValueError(
+                    f"{name}: got {options[name]!r}, but {path} of the weights has"
+                    f" {setting.get(name)!r}; leave it out"
+                )
+    return {path: {**setting, **free} for path, setting in stored.items()}
+
+
+def _plain(mixture: Mixture) -> dict[str, Any]:
+    """As json has it."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(mixture).items()}
+
+
+def inherit(attn: Any, child: nn.Module) -> None:
+    """Give the scan of a fresh child the weights of its layer, those of the base model."""
+    assert isinstance(child, Mixer)
+    to_q, to_k, to_v, out = (
+        getattr(linear, "base_layer", linear)  # LoRA wraps the layer
+        for linear in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
+    )
+    norms = {"norm_q": attn.norm_q, "norm_k": attn.norm_k}
+    child.ma.inherit(SimpleNamespace(to_q=to_q, to_k=to_k, to_v=to_v, to_out=[out], **norms))
+
+
+def _is_fresh(child: nn.Module) -> bool:
+    assert isinstance(child, Mixer)
+    changed = [child.ma.D, child.ma.D_b] if child.mix is None else list(child.mix.parameters())
+    return all(p.is_meta or not p.any() for p in changed)
+
+
+def break_even_tokens(attn: Any, setting: Mapping[str, Any]) -> int:
+    """Tokens N at which both branches have the multiplications of softmax over the whole video.
+
+    Scores and sums are 2·N·C a token. The scan's projections are 5·C², and each of its directions
+    has 2·C·P to build and read the state and 2·C·Q inside a chunk, all of it also for the review
+    tokens. The projections of attention are the same on both sides.
+    """
+    mixture = Mixture(**{n: v for n, v in setting.items() if n not in _OF_LAYER})
+    channels = channels_of(attn)
+    scan = 2.5 * channels + 2 * channels // attn.heads + 2 * mixture.chunk_size
+    if mixture.review_placement != "none":
+        scan *= 1 + 1 / math.prod(mixture.review_pool)
+    return math.prod(mixture.window) + math.ceil(scan)
+
+
+def state_bytes(attn: Any) -> int:
+    """fp32 h [H, P, P] of both directions."""
+    channels: int = channels_of(attn)
+    return 2 * 4 * channels * (channels // attn.heads)
+
+
+METHOD = Method(
+    name=NAME,
+    processor=MATEProcessor,
+    layers=video_attention,
+    setting_key="mixture",
+    settings=settings,
+    child=lambda attn, setting: Mixer(channels_of(attn), attn.heads, setting),
+    inherit=inherit,
+    is_fresh=_is_fresh,
+    break_even_tokens=break_even_tokens,
+    state_bytes=state_bytes,
+    student='"mate", weights="a folder of yours"',
+    projections=True,
+    attach=volumes.attach,
+    detach=volumes.detach,
+)

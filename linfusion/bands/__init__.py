@@ -1,0 +1,1 @@
+"""Stock modules run in bands of rows, within a budget of memory; no pipeline is known here."""

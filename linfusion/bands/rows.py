@@ -1,0 +1,363 @@
+"""Tensors that stand for rows still to be computed, so that a stock forward runs in bands.
+
+A UNet, ControlNet or VAE runs unchanged on `Rows`. Every operation on them (`rules.py`) makes a
+node that knows how to compute a run of its rows from runs of its parents' rows. What has to be
+whole (the input of a convolution, which other rows of the result need again; of a group norm) is
+computed band by band into one tensor; everything between two such tensors is never longer than a
+band: normalised inputs, concatenated skips, upsampled pictures, keys, values, hidden layers of
+feed-forwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from linfusion.bands.store import Store, Whole
+
+BAND_BYTES = 1 << 25  # of the widest tensor of a band
+
+# fmt: off
+METADATA = frozenset([
+    "shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "is_cuda",
+    "is_meta", "is_sparse", "is_quantized", "is_nested", "size", "dim", "numel", "nelement",
+    "element_size", "is_floating_point", "is_complex", "__len__",
+])
+# fmt: on
+
+# Name of a torch function -> (func, *args, **kwargs) -> result, or NotImplemented.
+RULES: dict[str, Callable[..., Any]] = {}
+
+
+class Engine:
+    """What the nodes of one model call share.
+
+    Args:
+        store: where whole tensors are kept.
+        band_bytes: bytes of the widest tensor between two whole ones.
+        dry: build the graph and count memory and work, but compute nothing.
+
+    Attributes:
+        flops: of products and convolutions so far, those done twice counted twice.
+        unbanded: names of the functions that had no rule and ran on whole tensors.
+    """
+
+    def __init__(self, store: Store, *, band_bytes: int = BAND_BYTES, dry: bool = False) -> None:
+        self.store, self.band_bytes, self.dry = store, band_bytes, dry
+        self.flops = 0
+        self.unbanded: set[str] = set()
+
+    def wrap(self, tensor: Tensor, axis: int = 2) -> Rows:
+        """A picture [B, C, H, W], or its tokens with `axis` 1, as Rows."""
+        return Rows(Node.leaf(self, self.store.keep(tensor, axis, 1)))
+
+    def passes(self, *nodes: Node) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """The rows of `nodes`, all alike, in bands: (start, stop, a tensor of each).
+
+        In a band the widest tensor has about `band_bytes`, and what several nodes need is computed
+        once. A dry run counts the work and yields nothing.
+        """
+        order = _consumers_first(nodes)
+        lines = nodes[0].lines
+        widest = 1
+        for node in order:
+            if node.value is None:
+                self.flops += node.flops
+                widest = max(widest, node.nbytes // lines)
+        if self.dry:
+            return
+        rows = max(1, min(lines, self.band_bytes // widest))
+        rows = -(-lines // -(-lines // rows))  # bands of one size rather than a short last one
+        for start in range(0, lines, rows):
+            stop = min(start + rows, lines)
+            yield start, stop, _evaluate(nodes, order, start, stop)
+
+    def realise(self, node: Node) -> None:
+        """Compute a node whole, unless it is."""
+        if node.value is not None:
+            return
+        value = self.store.new(node.shape, node.axis, node.line, node.dtype, node.device)
+        for start, _, (band,) in self.passes(node):
+            value.write(start, band)
+        node.become(value)
+
+    def settle(self, node: Node) -> None:
+        """Compute the work that `node` waits for, in the smallest tensors that carry it.
+
+        A sum is kept rather than its terms; what a cheap function made of one tensor, larger or
+        not, is kept from before it. What can be kept nowhere stays as it is: its rows are then
+        computed again wherever they are wanted.
+        """
+        if not node.pending or node.passed_over:
+            return
+        if node.expands or (not node.flops and len(node.parents) == 1):
+            for parent in node.parents:
+                self.settle(parent)
+        elif self.store.fits(node.nbytes):
+            self.realise(node)
+        else:
+            node.passed_over = True
+
+    def settle_common(self, first: Sequence[Node], second: Sequence[Node]) -> None:
+        """Settle what both groups wait for, when they will be computed in separate passes."""
+        shared = {id(n) for n in _consumers_first(first) if n.value is None}
+        todo, seen = list(second), set()
+        while todo:
+            node = todo.pop()
+            if id(node) in seen:
+                continue
+            seen.add(id(node))
+            if id(node) in shared:
+                self.settle(node)
+            else:
+                todo.extend(p for p in node.parents if p.pending)
+
+    def whole(self, rows: Rows) -> Tensor:
+        """A plain tensor with all rows; meta in a dry run."""
+        self.realise(rows.node)
+        assert rows.node.value is not None
+        if self.dry and rows.node.value.tensor is None:
+            return torch.empty(rows.node.shape, dtype=rows.node.dtype, device="meta")
+        return rows.node.value.whole()
+
+
+class Node:
+    """A tensor of which any run of rows can be computed.
+
+    Args:
+        engine: of the model call.
+        shape, dtype, device: of the whole tensor.
+        axis: the axis that rows run along.
+        line: entries of that axis in a row of the picture: 1 in [B, C, H, W], W in [B, N, C].
+        parents: what it is computed from.
+        compute: (start, stop, the parents' rows) -> those rows.
+        needs: (start, stop) -> the rows that takes of every parent; None for the same.
+        flops: of products, for the whole; 0 marks it cheap enough to be computed again.
+        expands: whether it is larger than what it is made of, so that it is not worth keeping.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        shape: Iterable[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        axis: int,
+        line: int,
+        parents: Sequence[Node] = (),
+        compute: Callable[[int, int, list[Tensor]], Tensor] | None = None,
+        needs: Callable[[int, int], tuple[int, int]] | None = None,
+        flops: int = 0,
+        expands: bool = False,
+    ) -> None:
+        self.engine, self.shape, self.dtype, self.device = engine, tuple(shape), dtype, device
+        self.axis, self.line = axis, line
+        self.lines = self.shape[axis] // line
+        self.parents, self.compute, self.needs = tuple(parents), compute, needs
+        self.flops, self.expands = flops, expands
+        self.value: Whole | None = None
+        self.passed_over = False  # asked about, and not kept
+        self.run: tuple[Node, int, int] | None = None  # the one this is a run of, where it is
+        self.view = False  # whether it is its parent with the axes in another order
+
+    @classmethod
+    def leaf(cls, engine: Engine, value: Whole) -> Node:
+        node = cls(engine, value.shape, value.dtype, value.device, axis=value.axis, line=value.line)
+        node.value = value
+        return node
+
+    @property
+    def nbytes(self) -> int:
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+    @property
+    def pending(self) -> bool:
+        """Whether rows of it cost products or convolutions."""
+        return self.value is None and (self.flops > 0 or any(p.pending for p in self.parents))
+
+    def become(self, value: Whole) -> None:
+        """Hold what was computed, and let go of what it was computed from."""
+        self.value, self.parents, self.compute = value, (), None
+
+
+def _consumers_first(nodes: Sequence[Node]) -> list[Node]:
+    """`nodes` and all they are computed from, each once and after all that read it."""
+    order: list[Node] = []
+    seen: set[int] = set()
+    todo: list[tuple[Node, bool]] = [(node, False) for node in nodes]
+    while todo:
+        node, left = todo.pop()
+        if left:
+            order.append(node)
+        elif id(node) not in seen:
+            seen.add(id(node))
+            todo.append((node, True))
+            todo.extend((parent, False) for parent in node.parents)
+    return order[::-1]
+
+
+def _evaluate(nodes: Sequence[Node], order: Sequence[Node], start: int, stop: int) -> list[Tensor]:
+    """Rows start to stop of `nodes`: first what that takes of each node, then each of them once."""
+    wanted = {id(node): (start, stop) for node in nodes}
+    readers = dict.fromkeys(wanted, 1)  # what is asked for stays
+    for node in order:
+        low, high = wanted[id(node)] if node.needs is None else node.needs(*wanted[id(node)])
+        for parent in node.parents:
+            a, b = wanted.get(id(parent), (low, high))
+            wanted[id(parent)] = min(a, low), max(b, high)
+            readers[id(parent)] = readers.get(id(parent), 0) + 1
+    found: dict[int, Tensor] = {}
+    for node in reversed(order):
+        low, high = wanted[id(node)]
+        if node.value is not None:
+            found[id(node)] = node.value.rows(low, high)
+            continue
+        assert node.compute is not None
+        a, b = (low, high) if node.needs is None else node.needs(low, high)
+        bands = []
+        for parent in node.parents:
+            first = wanted[id(parent)][0]
+            band = found[id(parent)]
+            offset, size = (a - first) * parent.line, (b - a) * parent.line
+            bands.append(band.narrow(parent.axis, offset, size))
+            readers[id(parent)] -= 1
+            if not readers[id(parent)]:
+                del found[id(parent)]
+        found[id(node)] = node.compute(low, high, bands)
+    return [
+        found[id(n)].narrow(n.axis, (start - wanted[id(n)][0]) * n.line, (stop - start) * n.line)
+        for n in nodes
+    ]
+
+
+class Rows(torch.Tensor):
+    """A node in the place of a tensor; see the module."""
+
+    node: Node
+
+    @staticmethod
+    def __new__(cls, node: Node) -> Rows:
+        rows = torch.Tensor._make_wrapper_subclass(
+            cls, node.shape, dtype=node.dtype, device=node.device
+        )
+        rows.node = node
+        return rows
+
+    def __init__(self, node: Node) -> None: ...
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":  # a property such as x.shape
+            name = func.__self__.__name__
+        if name in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        rule = RULES.get(name)
+        result = NotImplemented if rule is None else rule(func, *args, **kwargs)
+        return _on_whole(func, name, args, kwargs) if result is NotImplemented else result
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        # Not a stub: `__torch_function__` serves every call, and there is no data below it.
+        raise NotImplementedError(f"{func}: reached rows that are still to be computed")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        state = "pending" if self.node.pending else "ready"
+        return f"Rows({list(self.node.shape)}, {self.node.dtype}, {state})"
+
+
+def map_rows(
+    func: Callable[..., Tensor],
+    args: tuple,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    axis: int | None = None,
+    line: int | None = None,
+    broadcast: bool = False,
+    flops: Callable[[tuple[int, ...]], int] | int = 0,
+    expands: bool = False,
+) -> Rows:
+    """A node whose rows are `func` of the same rows of its Rows arguments.
+
+    Args:
+        func: is also run on meta tensors, for shape and dtype.
+        args, kwargs: of `func`; Rows may stand anywhere in them.
+        axis, line: of the result, where they differ from those of the first Rows.
+        broadcast: plain tensors as long as the rows are cut to the band as well.
+        flops: of the whole result, or a function of its shape.
+        expands: see `Node`.
+    """
+    flat, tree = tree_flatten((args, kwargs or {}))
+    places = [i for i, a in enumerate(flat) if isinstance(a, Rows)]
+    parents = [flat[i].node for i in places]
+    first = parents[0]
+    metas = [_meta(a) if isinstance(a, Tensor) else a for a in flat]
+    meta_args, meta_kwargs = tree_unflatten(metas, tree)
+    like = func(*meta_args, **meta_kwargs)
+    axis = first.axis + like.ndim - len(first.shape) if axis is None else axis
+    line = first.line if line is None else line
+    cut = []
+    if broadcast:
+        for i, a in enumerate(flat):
+            if isinstance(a, Tensor) and i not in places:
+                dim = axis - like.ndim + a.ndim
+                if dim >= 0 and a.shape[dim] > 1:
+                    cut.append((i, dim))
+    template = [None if isinstance(a, Rows) else a for a in flat]
+
+    def compute(start: int, stop: int, bands: list[Tensor]) -> Tensor:
+        values: list[Any] = list(template)
+        for i, band in zip(places, bands, strict=True):
+            values[i] = band
+        for i, dim in cut:
+            values[i] = values[i].narrow(dim, start * line, (stop - start) * line)
+        band_args, band_kwargs = tree_unflatten(values, tree)
+        return func(*band_args, **band_kwargs)
+
+    shape = tuple(like.shape)
+    work = flops(shape) if callable(flops) else flops
+    node = Node(
+        first.engine,
+        shape,
+        like.dtype,
+        first.device,
+        axis=axis,
+        line=line,
+        parents=parents,
+        compute=compute,
+        flops=work,
+        expands=expands,
+    )
+    return Rows(node)
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, Rows):
+        return torch.empty(tensor.node.shape, dtype=tensor.node.dtype, device="meta")
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _on_whole(func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run what has no rule on whole tensors: right, but not bounded."""
+    if name.endswith("_") and not name.endswith("__"):
+        raise NotImplementedError(
+            f"{name}: rows that are still to be computed cannot be written to"
+        )
+    flat, tree = tree_flatten((args, kwargs))
+    for i, a in enumerate(flat):
+        if isinstance(a, Rows):
+            a.node.engine.unbanded.add(name)
+            flat[i] = a.node.engine.whole(a)
+    args, kwargs = tree_unflatten(flat, tree)
+    return func(*args, **kwargs)

@@ -1,0 +1,1 @@
+"""Which layers of which model, what is remembered on them, and exchanging their weights."""

@@ -1,0 +1,116 @@
+"""Which layers of which model: finding, choosing, and what is remembered about those taken over."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from linfusion.attention import get_method
+from linfusion.attention.grids import video as volumes
+
+
+def model_of(model_or_pipe: Any) -> nn.Module:
+    """The denoising model: a module itself, or the `unet` or `transformer` of a pipeline.
+
+    A ControlNet of a pipeline is left alone; pass `pipe.controlnet` to take it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    model = model_or_pipe
+    if not isinstance(model, nn.Module):
+        for name in ("unet", "transformer"):
+            model = getattr(model_or_pipe, name, None)
+            if isinstance(model, nn.Module):
+                break
+        else:
+            raise ValueError(
+                f"model_or_pipe: got {type(model_or_pipe).__name__}, expected a torch module or a"
+                " pipeline with a unet or a transformer"
+            )
+    # torch.compile wraps the module; what is changed is what it wraps.
+    return getattr(model, "_orig_mod", model)
+
+
+def candidates(model: nn.Module, method: str) -> dict[str, Any]:
+    """The layers that `method` may take, by path.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    return get_method(method).layers(model)
+
+
+def select(
+    paths: Sequence[str], layers: str | Iterable[str], argument: str = "layers"
+) -> list[str]:
+    """Those of `paths` that are below a level ("down_blocks.0", "mid_block") or match a regex.
+
+    Raises:
+        ValueError: a selector is no regular expression or selects nothing.
+    """
+    chosen = set()
+    for selector in [layers] if isinstance(layers, str) else layers:
+        below = [p for p in paths if p == selector or p.startswith(f"{selector}.")]
+        try:
+            matched = below or [p for p in paths if re.search(selector, p)]
+        except re.error as error:
+            raise ValueError(
+                f"{argument}: {selector!r} is neither a level nor a regex: {error}"
+            ) from None
+        if not matched:
+            raise ValueError(f"{argument}: {selector!r} selects none of {shorten(paths)}")
+        chosen.update(matched)
+    if not chosen:
+        raise ValueError(f"{argument}: got no selector; expected some of {shorten(paths)}")
+    return [p for p in paths if p in chosen]
+
+
+def tokens_at(model: nn.Module, path: str, size: tuple[int, ...]) -> int:
+    """Tokens that a layer sees when the model denoises a latent of `size`.
+
+    That is (height, width), and for a video transformer (frames, height, width).
+
+    Raises:
+        ValueError: the model is not of a kind whose levels are known.
+    """
+    config: Any = getattr(model, "config", {})
+    if volumes.kind_of(model) is not None:
+        frames, height, width = size
+        return math.prod(volumes.grid_of(config, (frames, height, width)))
+    height, width = size
+    blocks = config.get("block_out_channels")
+    # FLUX: its pipelines pack 2×2 latents into a token, which its patch_size does not say.
+    patch = 2 if "axes_dims_rope" in config else config.get("patch_size")
+    if blocks is not None and re.match(r"(down_blocks|up_blocks|mid_block)\b", path):
+        last = len(blocks) - 1
+        head, *rest = path.split(".")
+        level = last if head == "mid_block" else int(rest[0])
+        level = last - level if head == "up_blocks" else level
+        for _ in range(level):
+            height, width = -(-height // 2), -(-width // 2)  # a stride-2 convolution rounds up
+        return height * width
+    if isinstance(patch, int):
+        return (height // patch) * (width // patch)
+    raise ValueError(
+        f'layers: "auto" does not know how many tokens {path} of {type(model).__name__} sees'
+    )
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What the model computes in; under layerwise casting that is not what it stores."""
+    dtype = getattr(model, "dtype", None)
+    if dtype is None:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return dtype
+
+
+def shorten(names: Sequence[str], shown: int = 3) -> str:
+    """`a, b, c (+5)`."""
+    more = f" (+{len(names) - shown})" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

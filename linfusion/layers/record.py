@@ -1,0 +1,48 @@
+"""What is remembered about the layers taken over, on the model and in its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+RECORD = "_linfusion_record"
+MARKER = "_linfusion"  # key of the model's config; diffusers keeps keys that begin with _ unasked
+
+
+@dataclass
+class TakenLayer:
+    """What `restore` gives back: the processor, and the base weights a checkpoint replaced."""
+
+    processor: Any
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """Hangs on a linearized model; it names layers by path, so that it survives a deepcopy."""
+
+    method: str
+    layers: dict[str, TakenLayer]
+    settings: dict[str, Any]
+    fresh: bool = False  # nothing was loaded
+    warned: set[str] = field(default_factory=set)
+
+
+def record_of(model: nn.Module) -> Record | None:
+    return model.__dict__.get(RECORD)
+
+
+def mark(model: nn.Module, value: dict[str, Any] | None) -> None:
+    """Write what was done into the config of a model, or take it out.
+
+    Not `register_to_config`: that forgets what an IP-Adapter has set on the config as attributes.
+    """
+    config: Any = model.__dict__.get("_internal_dict")
+    if config is None:
+        return
+    items = {k: v for k, v in config.items() if k != MARKER}
+    marked = type(config)(items if value is None else {**items, MARKER: value})
+    vars(marked).update({k: v for k, v in vars(config).items() if k != MARKER})
+    model.__dict__["_internal_dict"] = marked

@@ -1,0 +1,1 @@
+"""LiT's whole models: inherited weights, the authors' checkpoints, and their pipeline."""

@@ -1,0 +1,1 @@
+"""Images of sizes that softmax attention and whole-picture memory do not reach."""

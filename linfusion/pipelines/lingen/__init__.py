@@ -1,0 +1,1 @@
+"""Videos of minutes by LinGen's transformer, whole or as a stream."""

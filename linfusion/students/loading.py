@@ -1,0 +1,134 @@
+"""Whether a student fits a model, and exchanging the weights of the two."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from linfusion.attention import get_method, names
+from linfusion.attention.linfusion.feature_map import NAME
+from linfusion.attention.method import channels_of
+from linfusion.layers.difference import Difference
+from linfusion.layers.find import compute_dtype, shorten
+from linfusion.layers.projections import attention_parameters, refuse_copied
+
+if TYPE_CHECKING:
+    from linfusion.students.student import LinFusion
+
+
+def method_of(weights: Any, marker: Any) -> str:
+    """The method of a student, or of what a model saved linearized came with; else "linfusion".
+
+    Raises:
+        ValueError: there is no such folder or repository.
+    """
+    if weights is None:
+        return marker["method"] if marker else NAME
+    from linfusion.students.student import LinFusion, unreadable
+
+    if isinstance(weights, LinFusion):
+        return str(weights.config["method"])
+    if not isinstance(weights, str | os.PathLike):
+        return NAME  # student_of refuses it
+    if os.fspath(weights).endswith(".safetensors"):
+        return next(name for name in names() if get_method(name).read_file is not None)
+    try:
+        config: Any = LinFusion.load_config(weights)
+    except OSError as error:
+        raise unreadable(weights, error) from error
+    return config.get("method", NAME)
+
+
+def student_of(
+    model: nn.Module, found: dict[str, Any], weights: Any, marker: Any, method: str
+) -> LinFusion | None:
+    """The student that `weights` names, or that a model saved linearized came with, or None."""
+    if weights is None and not marker:
+        return None
+    from linfusion.students.student import LinFusion, from_saved_model
+
+    if weights is None:
+        if marker["attention_weights"]:
+            warnings.warn(
+                f"{type(model).__name__} was saved with the projections of its linear student; its"
+                " own are not in that file, so linfusion.restore will not give a softmax model",
+                UserWarning,
+                stacklevel=3,
+            )
+        return from_saved_model(model)
+    if isinstance(weights, LinFusion):
+        return weights
+    if not isinstance(weights, str | os.PathLike):
+        raise ValueError(
+            f"weights: got {reprlib.repr(weights)} of type {type(weights).__name__}; expected a"
+            " folder or hub name (str or Path), a LinFusion, or None"
+        )
+    if os.fspath(weights).endswith(".safetensors"):
+        from linfusion.students.authors_files import read
+
+        return read(weights, found, method)
+    return LinFusion.from_pretrained(weights, dtype=compute_dtype(model))
+
+
+def fit(
+    model: nn.Module, found: dict[str, Any], side: LinFusion, partial: bool
+) -> dict[str, dict[str, Tensor | Difference]]:
+    """The tensors of a student by layer, once it is certain that they fit.
+
+    Args:
+        model: the model.
+        found: its layers that the method may take, by path.
+        side: the student.
+        partial: whether the caller chose layers, so that the student may hold fewer.
+
+    Raises:
+        ValueError: they do not; the message lists the names.
+    """
+    from linfusion.students.student import tensors_by_layer
+
+    entries = {entry.path: entry for entry in side.entries}
+    if not hasattr(model, "up_blocks"):  # a ControlNet is the first half of a UNet
+        entries = {p: e for p, e in entries.items() if not p.startswith("up_blocks.")}
+    missing = [path for path in found if path not in entries]
+    unexpected = [path for path in entries if path not in found]
+    # Our own files may hold some layers by choice; the authors' always hold all.
+    if unexpected or (missing and not partial and side.layout == "numbered"):
+        raise ValueError(
+            f"weights: expected {len(found)} layers for this {type(model).__name__}, the"
+            f" checkpoint has {len(entries)}. Missing: {shorten(missing) or 'none'}. Unexpected:"
+            f" {shorten(unexpected) or 'none'}."
+        )
+    tensors = tensors_by_layer(side)
+    wrong = []
+    for path, entry in entries.items():
+        attn = found[path]
+        for what, theirs, ours in (
+            ("channels", entry.dim, channels_of(attn)),
+            ("heads", entry.heads, attn.heads),
+        ):
+            if theirs != ours:
+                wrong.append(f"{path} has {theirs} {what}, the model {ours}")
+        base = attention_parameters(attn)
+        theirs_too = {name for name in tensors[path] if name.startswith("to_")}
+        if not theirs_too:
+            continue
+        refuse_copied(path, attn)
+        if theirs_too != set(base):
+            wrong.append(f"{path} has {sorted(theirs_too)}, the model {sorted(base)}")
+        for name in theirs_too & set(base):
+            shape = tuple(tensors[path][name].shape)
+            if shape != tuple(base[name].shape) or not base[name].is_floating_point():
+                wrong.append(
+                    f"{path}.{name} is {shape}, the model's is {tuple(base[name].shape)}"
+                    f" {base[name].dtype}"
+                )
+    if wrong:
+        raise ValueError(
+            f"weights: the checkpoint is for another model than this {type(model).__name__}: "
+            + shorten(wrong)
+        )
+    return {path: tensors[path] for path in entries}

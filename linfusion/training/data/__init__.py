@@ -1,0 +1,1 @@
+"""What training is fed: pictures, clips and their cache."""

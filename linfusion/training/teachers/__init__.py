@@ -1,0 +1,1 @@
+"""Who teaches: one class a kind of pipeline."""

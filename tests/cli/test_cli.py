@@ -1,0 +1,448 @@
+"""The `linfusion` command, run as a user runs it, on a tiny pipeline with random weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import linfusion
+from linfusion import zoo
+from linfusion.cli import main
+from linfusion.students import student as weights
+from tests.tiny import tiny_image, tiny_sd_pipeline
+
+PROMPT = "a red apple"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Folder of a tiny pipeline with a trained-looking student in its subfolder `linfusion`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    pipe = tiny_sd_pipeline(image_encoder=None)
+    pipe.save_pretrained(folder)
+    linfusion.linearize(pipe)
+    torch.manual_seed(0)
+    for name, parameter in pipe.unet.named_parameters():
+        if ".linfusion." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    weights.save(pipe, folder / "linfusion", attention_weights=True)
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Call the command line; gives exit code, stdout and stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def draw(run, model):
+    """`generate` with two steps on the tiny pipeline."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        return run("generate", "-m", model, "--steps", 2, *arguments)
+
+    return call
+
+
+def test_generate_writes_the_picture_it_names(draw, tmp_path):
+    code, out, _ = draw(PROMPT, "--seed", 3, "-o", tmp_path / "new")
+    assert code == 0
+    assert out == f"{tmp_path / 'new' / 'a-red-apple-3.png'}\n"
+    assert Image.open(out.strip()).size == (64, 64)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a-red-apple-3.png"]
+
+
+def test_json_is_all_there_is_on_stdout(draw, tmp_path):
+    code, out, err = draw(PROMPT, "a pear", "--json", "--seed", 5, "-o", tmp_path)
+    told = json.loads(out)
+    assert code == 0
+    assert [(i["prompt"], i["seed"]) for i in told["images"]] == [(PROMPT, 5), ("a pear", 6)]
+    assert "loading" in err
+
+
+def test_a_picture_carries_what_made_it(draw, tmp_path, model):
+    draw(PROMPT, "--seed", 3, "--guidance-scale", 2, "-o", tmp_path / "x.png")
+    about = json.loads(Image.open(tmp_path / "x.png").text["parameters"])
+    assert about["prompt"] == PROMPT
+    assert about["seed"] == 3
+    assert about["weights"] == str(model / "linfusion")
+    size = {"height": 64, "width": 64}
+    assert about["call"] == {"num_inference_steps": 2, "guidance_scale": 2.0, **size}
+
+
+def test_the_seed_decides_the_picture(draw, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        draw(PROMPT, "--seed", seed, "-o", tmp_path / f"{name}.png")
+    a, b, c = (Image.open(tmp_path / f"{name}.png").tobytes() for name in "abc")
+    assert a == b != c
+
+
+def test_linear_and_softmax_draw_different_pictures(draw, tmp_path):
+    draw(PROMPT, "--seed", 1, "-o", tmp_path / "linear.png")
+    _, out, _ = draw(PROMPT, "--seed", 1, "--softmax", "--json", "-o", tmp_path / "softmax.png")
+    linear, softmax = (Image.open(tmp_path / f"{n}.png").tobytes() for n in ("linear", "softmax"))
+    assert linear != softmax
+    assert json.loads(out)["method"] == "softmax"
+
+
+def test_size_is_width_by_height(draw, tmp_path):
+    draw(PROMPT, "--size", "96x64", "-o", tmp_path / "x.png")
+    assert Image.open(tmp_path / "x.png").size == (96, 64)
+
+
+def test_pictures_in_a_folder_are_never_overwritten(draw, tmp_path):
+    for _ in range(2):
+        assert draw(PROMPT, "--seed", 0, "--steps", 1, "-o", tmp_path)[0] == 0
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["a-red-apple-0-1.png", "a-red-apple-0.png"]
+
+
+def test_pipeline_kwargs_reach_the_pipeline(draw, tmp_path):
+    code, out, _ = draw(
+        PROMPT, "--json", "-o", tmp_path, "--pipeline-kwargs", '{"num_inference_steps": 1}'
+    )
+    assert code == 0
+    assert json.loads(out)["call"]["num_inference_steps"] == 1
+
+
+def test_a_zoo_model_is_found_by_its_name(run, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "_ROOT", model.parent)
+    code, out, _ = run(
+        "generate", PROMPT, "-m", f"zoo:{model.name}", "--steps", 1, "--json", "-o", tmp_path
+    )
+    assert code == 0
+    assert json.loads(out)["weights"] == str(model / "linfusion")
+
+
+WRONG = {
+    "empty prompt": (["  "], "prompt: '  ' is empty; say what to draw"),
+    "long prompt": (
+        ["red apple " * 1000],
+        "prompt: 10000 characters are 8000 tokens, but this model reads 75; shorten it.",
+    ),
+    "size": ([PROMPT, "--size", "big"], "size: 'big' is not a size; accepted are 512x768 and 512"),
+    "height": ([PROMPT, "--height", "100"], "height: 100 px; accepted are multiples of 8"),
+    "both sizes": (
+        [PROMPT, "--size", "64", "--width", "64"],
+        "size: give either --size or --height and --width",
+    ),
+    "steps": ([PROMPT, "--steps", "0"], "num_inference_steps: 0; accepted is 1 or more"),
+    "guidance": ([PROMPT, "--guidance-scale", "nan"], "guidance_scale: nan; accepted is 0 or more"),
+    "format": (
+        [PROMPT, "-o", "x.jpg"],
+        "output: 'x.jpg' is neither a .png file nor a folder",
+    ),
+    "one file": (
+        [PROMPT, "a pear", "-o", "x.png"],
+        "output: 'x.png' is one file, but 2 pictures are wanted",
+    ),
+    "unwritable": ([PROMPT, "-o", "/dev/null/x"], "output: cannot write to '/dev/null/x'"),
+    "kwargs": (
+        [PROMPT, "--pipeline-kwargs", "[1]"],
+        "--pipeline-kwargs: expected a JSON object, got '[1]'",
+    ),
+    "lora": ([PROMPT, "--lora", "{}"], "--lora: expected lora_id and perhaps lora_scale"),
+    "offload": (
+        [PROMPT, "--cpu-offload", "model", "--device-map", "cpu"],
+        "cpu_offload: 'model' needs a GPU, and the device is the CPU",
+    ),
+    "backend": (
+        [PROMPT, "--attention-backend", "native"],
+        "attention_backend: 'native' would be without effect",
+    ),
+    "method": (
+        [PROMPT, "--method", "magic"],
+        "method: 'magic' is not one of ['clear', 'linfusion', 'lit', 'mate']",
+    ),
+    "weights": ([PROMPT, "-w", "/nowhere"], "weights: cannot read /nowhere"),
+    "softmax": ([PROMPT, "--softmax", "-w", "x"], "--softmax: takes no --weights and no --layers"),
+    "no prompt": ([], "prompt: missing; say what to draw (--class for a model of classes)"),
+    "flag": ([PROMPT, "--nope"], "No such option: --nope"),
+    "dtype": ([PROMPT, "--dtype", "int8"], "Invalid value for '--dtype'"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_call_of_generate_says_why_in_one_line(draw, tmp_path, monkeypatch, wrong):
+    monkeypatch.chdir(tmp_path)
+    arguments, reason = WRONG[wrong]
+    code, out, err = draw(*arguments)
+    assert code == 2
+    assert out == ""
+    *_, last = err.rstrip("\n").splitlines()
+    assert last.startswith(f"linfusion: {reason}")
+    assert "Traceback" not in err
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("zoo:cats", "no model 'cats' in the zoo"),
+        ("./missing", "model: './missing' is not a folder; accepted are"),
+        ("missing", "model: 'missing' is not a folder; accepted are"),
+    ],
+)
+def test_an_unknown_model_is_refused_by_name(run, name, reason):
+    code, _, err = run("generate", PROMPT, "-m", name)
+    assert code == 2
+    assert reason in err
+    assert err.count("\n") == 1
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(run, tmp_path):
+    code, _, err = run("summary", tmp_path)
+    assert code == 2
+    assert "has no model_index.json, so it is no pipeline" in err
+
+
+def test_a_model_without_a_student_is_not_drawn_with(run, model, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for part in model.iterdir():
+        if part.name != "linfusion":
+            (bare / part.name).symlink_to(part)
+    code, _, err = run("generate", PROMPT, "-m", bare, "-o", tmp_path)
+    assert code == 2
+    assert f"weights: {bare} has no student in its folder" in err
+
+
+def test_a_student_that_is_not_there_is_refused(run, model, tmp_path):
+    code, _, err = run("generate", PROMPT, "-m", model, "-w", "clear-9", "-o", tmp_path)
+    assert code == 2
+    assert f"weights: {model} has no student 'clear-9', and there is no such folder; it has" in err
+
+
+def test_summary_lists_every_layer(run, model):
+    code, out, _ = run("summary", model, "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["method"] == "linfusion"
+    assert len(told["layers"]) == 7
+    assert all(layer["linear"] for layer in told["layers"])
+
+
+def test_summary_shows_a_model_that_was_saved_linear_as_linear(run):
+    code, out, err = run("summary", "zoo:emoji-lit", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["weights"] is None
+    assert [layer["linear"] for layer in found["layers"]] == [True] * 8
+
+
+def test_summary_is_readable_without_json(run, model):
+    code, out, _ = run("summary", model)
+    assert code == 0
+    assert out.startswith("UNet2DConditionModel: 7 of 7 self-attention layers linear")
+
+
+def test_weights_survive_conversion_there_and_back(run, model, tmp_path):
+    ours, theirs, again = model / "linfusion", tmp_path / "theirs", tmp_path / "again"
+    code, out, _ = run("convert", ours, theirs, "--to", "authors", "--json")
+    assert code == 0
+    assert json.loads(out)["to"] == "authors"
+    assert run("convert", theirs, again)[0] == 0
+    file = "diffusion_pytorch_model.safetensors"
+    first, converted, last = (load_file(f / file) for f in (ours, theirs, again))
+    assert "0.to_q_.0.weight" in converted
+    assert set(first) == set(last)
+    assert all(torch.equal(first[name], last[name]) for name in first)
+
+
+def test_conversion_asks_for_the_base_model_only_where_it_must(run, model, tmp_path):
+    pipe = tiny_sd_pipeline()
+    linfusion.linearize(pipe)
+    part = weights.save(pipe, tmp_path / "part", attention_weights=False)
+    code, _, err = run("convert", part, tmp_path / "theirs", "--to", "authors")
+    assert code == 2
+    assert "name the base model they come from with --model" in err
+    assert not (tmp_path / "theirs").exists()
+    assert run("convert", part, tmp_path / "theirs", "--to", "authors", "-m", model)[0] == 0
+
+
+def test_conversion_overwrites_nothing(run, model):
+    code, _, err = run("convert", model / "linfusion", model / "linfusion")
+    assert code == 2
+    assert "already holds weights" in err
+
+
+def test_conversion_of_a_truncated_file_is_a_wrong_call(run, model, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (model / "linfusion").iterdir():
+        content = file.read_bytes()
+        cut = len(content) // 2 if file.suffix == ".safetensors" else len(content)
+        (broken / file.name).write_bytes(content[:cut])
+    code, _, err = run("convert", broken, tmp_path / "out")
+    assert code == 2
+    assert f"weights: cannot read {broken}" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_info_names_what_is_installed(run):
+    code, out, _ = run("info", "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["linfusion"] == linfusion.__version__
+    assert told["packages"]["torch"] == torch.__version__
+
+
+def test_bench_times_both_layers(run):
+    code, out, _ = run(
+        "bench", "--size", "64x32", "--channels", 16, "--heads", 2, "--runs", 1, "--json"
+    )
+    (row,) = json.loads(out)["rows"]
+    assert code == 0
+    assert row["tokens"] == 32
+    assert row["speedup"] == row["softmax_seconds"] / row["linear_seconds"]
+
+
+def test_bench_refuses_heads_that_do_not_divide(run):
+    code, _, err = run("bench", "--channels", 10, "--heads", 3)
+    assert code == 2
+    assert "channels: 10 is not a multiple of the 3 heads" in err
+
+
+def test_a_device_that_is_not_here_is_refused(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = run("bench", "--device", "cuda:1")
+    assert code == 2
+    assert "device: 'cuda:1' is not here; this machine has" in err
+
+
+def test_every_training_argument_is_a_flag(run):
+    import dataclasses
+
+    from linfusion.training.config import TrainConfig
+
+    code, out, _ = run("train", "--help")
+    assert code == 0
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name} " in out
+
+
+def test_training_flags_reach_the_trainer(run, monkeypatch, tmp_path):
+    import linfusion.training.trainer as trainer
+
+    seen = []
+    monkeypatch.setattr(trainer, "distill", lambda config: seen.append(config) or tmp_path)
+    code, out, _ = run(
+        *("train", "--train_data_dir", "pictures", "--output_dir", tmp_path, "--learning_rate"),
+        *(0.01, "--max-train-steps", 3, "--no_use_ema", "--extra_resolutions", 256),
+        *("--extra_resolutions", 512, "--json"),
+    )
+    assert code == 0
+    assert json.loads(out)["weights"] == str(tmp_path)
+    (config,) = seen
+    assert (config.train_data_dir, config.learning_rate) == ("pictures", 0.01)
+    assert (config.max_train_steps, config.use_ema) == (3, False)
+    assert config.extra_resolutions == (256, 512)
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--resume_from_checkpoint"])
+def test_training_goes_on_from_where_it_was(run, monkeypatch, tmp_path, flag):
+    import linfusion.training.trainer as trainer
+
+    seen = []
+    monkeypatch.setattr(trainer, "distill", lambda config: seen.append(config) or tmp_path)
+    run("train", "--train_data_dir", "pictures", "--output_dir", tmp_path, flag, "latest")
+    assert seen[0].resume_from_checkpoint == "latest"
+
+
+def test_training_without_pictures_is_a_wrong_call(run):
+    code, _, err = run("train")
+    assert code == 2
+    assert "exactly one is needed, got none" in err
+
+
+def test_eval_compares_student_and_teacher(run, model, tmp_path):
+    for i in range(2):
+        tiny_image(i).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(PROMPT)
+    code, out, _ = run(
+        *("eval", "-m", model, "--images", tmp_path, "--size", 64, "--num-images", 2),
+        *("--batch-size", 2, "--steps", 1, "--json"),
+    )
+    found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert code == 0
+    assert found["n"] == 2
+    assert found["sizes"]["64"]["psnr"] > 0
+
+
+def test_eval_refuses_prompts_that_are_not_there(run, model, tmp_path):
+    code, _, err = run("eval", "-m", model, "--images", tmp_path, "--prompts", "none.txt")
+    assert code == 2
+    assert err == "linfusion: prompts: 'none.txt' is not a file\n"
+
+
+def test_eval_refuses_what_is_no_folder(run, model, tmp_path):
+    code, _, err = run("eval", "-m", model, "--images", tmp_path / "none")
+    assert code == 2
+    assert "is not a folder" in err
+
+
+def test_eval_judges_one_large_picture(run, tmp_path):
+    tiny_image(0, 96).save(tmp_path / "large.png")
+    tiny_image(0, 48).save(tmp_path / "base.png")
+    (tmp_path / "real").mkdir()
+    for i in range(2):
+        tiny_image(i, 64).save(tmp_path / "real" / f"{i}.png")
+    code, out, _ = run(
+        *("eval", "--picture", tmp_path / "large.png", "--base", tmp_path / "base.png"),
+        *("--band", 32, "--images", tmp_path / "real", "--crop", 32, "--num-images", 3, "--json"),
+    )
+    assert code == 0
+    found = json.loads(out)
+    assert (found["height"], found["width"]) == (96, 96)
+    assert list(found["scores"]) == [
+        *("seam", "psnr", "ssim", "repetition", "repetition_above_base"),
+        *("patch_frechet_distance", "patch_kernel_distance"),
+    ]
+
+
+def test_eval_of_a_picture_prints_a_table(run, tmp_path):
+    tiny_image(0, 48).save(tmp_path / "p.png")
+    code, out, _ = run("eval", "--picture", tmp_path / "p.png", "--border", 16, "--border", 27)
+    assert code == 0
+    assert "seam" in out and "repetition" in out and "psnr" not in out
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--picture", "none.png"], "picture: 'none.png' is not a file"),
+        (["--picture", "none.png", "--steps", "3"], "not taken together with --picture"),
+        (["--picture", "p", "--border", "1", "--band", "1"], "band: give either --border or"),
+        (["--images", ".", "--band", "8"], "band: taken only together with --picture"),
+        ([], "images: missing; accepted is a folder of real pictures"),
+    ],
+)
+def test_eval_refuses_flags_that_do_not_go_together(run, arguments, said):
+    code, out, err = run("eval", *arguments)
+    assert (code, out) == (2, "")
+    assert said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_lists_the_commands(run, arguments):
+    code, out, _ = run(*arguments)
+    assert code == 0
+    for command in ("generate", "info", "summary", "convert", "train", "eval", "bench"):
+        assert command in out
+
+
+def test_the_version_is_printed(run):
+    assert run("--version") == (0, f"linfusion {linfusion.__version__}\n", "")
