@@ -6,9 +6,9 @@ from linfusion.attention.method import Method
 
 _HOME = {
     "linfusion": "linfusion.attention.linfusion.method",
-    "clear": "linfusion.attention.clear",
     "lit": "linfusion.attention.lit",
     "mate": "linfusion.attention.mate.processor",
+    "clear": "linfusion.attention.clear",
 }
 
 

@@ -1,13 +1,14 @@
 """CLEAR's attention (Liu et al. 2024, arXiv:2412.16112): a window around each token, and the text.
 
-For the joint attention of FLUX and Stable Diffusion 3, where text and image attend to one another.
+For the joint attention of FLUX and Stable Diffusion 3, with the authors' weights and tokens in tile
+order; and for every other host whose grid is known, where its own processor runs.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 
 from linfusion.attention.grids import joint as hosts
 from linfusion.attention.grids.joint import Grids
+from linfusion.attention.hosts import layout
+from linfusion.attention.hosts.layers import pixel_attention
+from linfusion.attention.hosts.processor import HostedProcessor, hosted
 from linfusion.attention.method import Method, StudentFile
 from linfusion.kernels import window_attention
 
@@ -111,6 +115,8 @@ class Pool(nn.Linear):
 class LocalWindow(nn.Module):
     """What hangs on a layer as `attn.clear`: its window, and with pooling the learned weights.
 
+    It is the form of a layer of hosts whose own processor runs.
+
     Args:
         setting: fields of a `Window`.
     """
@@ -122,6 +128,51 @@ class LocalWindow(nn.Module):
             raise ValueError(f"window: got {setting!r}, expected some of {sorted(names)} by name")
         self.window = Window(**setting)
         self.pool = Pool(self.window.down_factor) if self.window.down_factor > 1 else None
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        grid: tuple[int, ...],
+        context: tuple[Tensor, Tensor] | None,
+        scale: float | None,
+    ) -> Tensor:
+        """Attention of the tokens of one picture or video.
+
+        Args:
+            q, k, v: [B, N, H, D], N tokens of `grid` in raster order.
+            grid: (h, w) or (t, h, w).
+            context: keys and values [B, T, H, D] of all other tokens.
+            scale: of the scores; None is D^-½.
+
+        Returns:
+            [B, N, H, D].
+
+        Raises:
+            ValueError: `down_factor` does not divide height and width.
+        """
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        if self.window.proportional:
+            tokens = k.shape[1] + (0 if context is None else context[0].shape[1])
+            scale = scale * math.sqrt(q.shape[3]) * self.window.scale(tokens, q.shape[3])
+        pooled = None
+        if self.pool is not None:
+            hosts.refuse_undivided(self.window.down_factor, (grid[-2:],))
+            size = (math.prod(grid[:-1]), grid[-1])  # frames under one another
+            pooled = self.pool(k, size), self.pool(v, size)
+        out: Tensor = window_attention(
+            q,
+            k,
+            v,
+            grid=grid,  # type: ignore[arg-type]
+            radius=self.window.radius,
+            context=context,
+            pooled=pooled,
+            scale=scale,
+        )
+        return out
 
 
 class CLEARProcessor:
@@ -304,18 +355,20 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_joint(model: nn.Module) -> bool:
+    """Whether it is FLUX or Stable Diffusion 3, which `CLEARProcessor` is for."""
+    return bool({kind.__name__ for kind in type(model).__mro__} & set(hosts.HOSTS))
+
+
 def joint_attention(model: nn.Module) -> dict[str, Any]:
-    """The layers of FLUX or Stable Diffusion 3 that attend from image to image, by path.
+    """The layers that attend from pixels to pixels, by path.
 
     Raises:
-        ValueError: it is another model, or a layer runs a processor that would lose something.
+        ValueError: it is no host that is known, or a layer runs a processor that would lose
+            something.
     """
-    kinds = {kind.__name__ for kind in type(model).__mro__}
-    if not kinds & set(hosts.HOSTS):
-        raise ValueError(
-            f"model_or_pipe: {type(model).__name__} has no joint attention that CLEAR knows the"
-            f" grid of; expected one of {', '.join(hosts.HOSTS)}, or a pipeline with one"
-        )
+    if not _is_joint(model):
+        return pixel_attention(model, NAME)
     found = {
         path: module
         for path, module in model.named_modules()
@@ -419,9 +472,34 @@ def break_even_tokens(attn: Any, setting: Mapping[str, Any]) -> int:
     return math.ceil(disc / (1 - window.down_factor**-2))
 
 
+def _processors(model: nn.Module) -> Callable[[Any], Any]:
+    if not _is_joint(model):
+        return lambda attn: hosted(attn.processor, NAME)
+    one = CLEARProcessor()
+    return lambda attn: one
+
+
+def _attach(model: nn.Module, chosen: Mapping[str, Mapping[str, Any]]) -> None:
+    if _is_joint(model):
+        hosts.attach(model, chosen)
+        return
+    ntk = {setting["ntk"] for setting in chosen.values()}
+    if ntk != {1.0}:
+        raise ValueError(
+            f"ntk: got {sorted(ntk)}; it stretches the rotary table of FLUX alone, so for"
+            f" {type(model).__name__} only 1"
+        )
+    layout.attach(model, chosen)
+
+
+def _detach(model: nn.Module) -> None:
+    hosts.detach(model)
+    layout.detach(model)
+
+
 METHOD = Method(
     name=NAME,
-    processor=CLEARProcessor,
+    processor=(CLEARProcessor, HostedProcessor),
     layers=joint_attention,
     setting_key="window",
     settings=settings,
@@ -432,6 +510,7 @@ METHOD = Method(
     student='"clear", weights="Huage001/CLEAR/clear_local_8.safetensors"',
     projections=True,
     read_file=read_file,
-    attach=hosts.attach,
-    detach=hosts.detach,
+    attach=_attach,
+    detach=_detach,
+    processor_of=_processors,
 )

@@ -95,7 +95,7 @@ def _layers(
     softmax.set_processor(AttnProcessor2_0())
     linear = copy.deepcopy(softmax)
     linear.add_module(chosen.name, chosen.child(linear, None))
-    linear.set_processor(chosen.processor())
+    linear.set_processor(chosen.processors(linear)(linear))
     return softmax.to(device, dtype).eval(), linear.to(device, dtype).eval()
 
 

@@ -194,6 +194,7 @@ IMAGES = {
             image_cond_hidden_states=r(1, 6, 4),
             image_cond_ids=ids(2, 3, 4, picture=10),
         ),
+        grids=((4, 6), (2, 3)),
     ),
     "ChromaTransformer2DModel": Tiny(
         FLUX
@@ -233,6 +234,8 @@ IMAGES = {
             "encoder_hidden_states": r(1, 2, TEXT, 8),
             "context_latents": [r(1, 4, 4, 4)],
         },
+        grids=((4, 6), (2, 2)),
+        before=None,
     ),
     "LongCatImageTransformer2DModel": Tiny(
         POOLED, lambda r: flux_like(r, guidance=torch.tensor([3.5]))
@@ -258,9 +261,10 @@ IMAGES = {
             "img_shapes": [[(1, H, W)]],
             "img_mask": torch.cat([torch.zeros(1, TEXT), torch.ones(1, N // 4)], 1).bool(),
         },
+        least=TEXT + N,
     ),
     "NucleusMoEImageTransformer2DModel": Tiny(
-        QWEN | {"moe_enabled": False, "capacity_factors": [8.0, 8.0]}, shapes
+        QWEN | {"moe_enabled": False, "capacity_factors": [8.0, 8.0]}, shapes, before=(0,)
     ),
     "ZImageTransformer2DModel": Tiny(
         {
@@ -276,6 +280,7 @@ IMAGES = {
         },
         z_image,
         moved="x",
+        before=(0,),
     ),
     "Lumina2Transformer2DModel": Tiny(
         {
@@ -292,6 +297,7 @@ IMAGES = {
             "cap_feat_dim": 16,
         },
         lumina2,
+        before=(5, 3),
     ),
     "LuminaNextDiT2DModel": Tiny(
         {
@@ -314,14 +320,17 @@ IMAGES = {
             "image_rotary_emb": torch.polar(torch.ones(384, 384, 4), r(384, 384, 4)),
             "cross_attention_kwargs": {},
         },
+        grids=((4, 4),),
     ),
     "SD3Transformer2DModel": Tiny(
         SD3 | {"dual_attention_layers": (0,), "qk_norm": "rms_norm"},
         lambda r: latents(r, pooled_projections=r(2, 16)),
+        before=(0,),
     ),
     "SD3ControlNetModel": Tiny(
         SD3,
         lambda r: latents(r, pooled_projections=r(2, 16), controlnet_cond=r(2, 4, 2 * H, 2 * W)),
+        before=(0,),
     ),
     "AuraFlowTransformer2DModel": Tiny(
         {
@@ -371,6 +380,7 @@ IMAGES = {
             "force_inference_output": True,
         },
         hi_dream,
+        before=(0,),
     ),
     "CogView3PlusTransformer2DModel": Tiny(
         {
@@ -440,6 +450,7 @@ IMAGES = {
             "text_bth": r(2, TEXT, 16),
             "text_lens": torch.tensor([TEXT, 3]),
         },
+        before=(0,),
     ),
     "Krea2Transformer2DModel": Tiny(
         {
@@ -461,10 +472,11 @@ IMAGES = {
         },
         krea,
     ),
-    "HunyuanDiT2DModel": Tiny(HUNYUAN_DIT | {"num_layers": 2}, hunyuan_dit),
+    "HunyuanDiT2DModel": Tiny(HUNYUAN_DIT | {"num_layers": 2}, hunyuan_dit, grids=((4, 4),)),
     "HunyuanDiT2DControlNetModel": Tiny(
         HUNYUAN_DIT | {"transformer_num_layers": 4},
         lambda r: hunyuan_dit(r, controlnet_cond=r(2, 4, 8, 8)),
+        grids=((4, 4),),
     ),
     "HunyuanImageTransformer2DModel": Tiny(
         {
@@ -479,6 +491,7 @@ IMAGES = {
             "rope_axes_dim": (4, 4),
         },
         hunyuan_image,
+        before=(0,),
     ),
     "DiTTransformer2DModel": Tiny(
         GRID | {"num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2},
@@ -487,6 +500,7 @@ IMAGES = {
             "timestep": torch.tensor([500, 500]),
             "class_labels": torch.tensor([1, 2]),
         },
+        grids=((4, 4),),
     ),
     "PixArtTransformer2DModel": Tiny(
         GRID

@@ -30,13 +30,21 @@ class Tiny:
     Attributes:
         config: of its constructor.
         inputs: random source -> arguments of its forward.
+        grids: of its pictures or videos, in tokens, in their order.
+        before: tokens before the pixels of each sample in joint attention; None is all that are
+            left of a sequence.
         moved: name of the argument with the picture or video, in which a test moves one latent.
-        size: of the constructor's class, where it is not `diffusers.<name>`.
+        levels: whether `grids` are those of the levels of a UNet.
+        least: keys of the smallest call that is over pixels.
     """
 
     config: dict[str, Any]
     inputs: Callable[[Random], dict[str, Any]]
+    grids: tuple[tuple[int, ...], ...] = ((4, 6),)
+    before: tuple[int, ...] | None = (TEXT,)
     moved: str = "hidden_states"
+    levels: bool = False
+    least: int = 0
 
 
 def build(name: str, row: Tiny, seed: int = 0) -> nn.Module:
@@ -70,7 +78,9 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value]
     if isinstance(value, dict):
         value = list(value.values())
-    return [x for one in value or () for x in _tensors(one)] if isinstance(value, list | tuple) else []
+    return (
+        [x for one in value or () for x in _tensors(one)] if isinstance(value, list | tuple) else []
+    )
 
 
 def ones(*shape: int) -> Tensor:

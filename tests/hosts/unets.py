@@ -21,6 +21,9 @@ UNET = {
 HALF = {k: v for k, v in UNET.items() if k not in ("up_block_types", "out_channels", "sample_size")}
 
 
+LEVELS = ((8, 12), (4, 6), (2, 3))
+
+
 def unet(r, text=16, batch=1, frames=(), **more):
     return {
         "sample": r(batch, 4, *frames, 8, 12),
@@ -76,7 +79,7 @@ def svd(r):
 
 
 UNETS = {
-    "UNet2DConditionModel": Tiny(UNET, unet, moved="sample"),
+    "UNet2DConditionModel": Tiny(UNET, unet, moved="sample", grids=LEVELS, levels=True),
     "UNet2DModel": Tiny(
         {
             "block_out_channels": (8, 16),
@@ -89,14 +92,18 @@ UNETS = {
         },
         lambda r: {"sample": r(1, 3, 16, 24), "timestep": torch.tensor([10])},
         moved="sample",
+        grids=((16, 24), (8, 12)),
+        levels=True,
     ),
     "UNet3DConditionModel": Tiny(
-        UNET | CROSS3D, lambda r: unet(r, frames=(3,)), moved="sample"
+        UNET | CROSS3D, lambda r: unet(r, frames=(3,)), moved="sample", grids=LEVELS, levels=True
     ),
     "UNetMotionModel": Tiny(
         without(UNET, "attention_head_dim") | MOTION,
         lambda r: unet(r, frames=(3,)) | {"encoder_hidden_states": r(3, TEXT, 16)},
         moved="sample",
+        grids=LEVELS,
+        levels=True,
     ),
     "UNetSpatioTemporalConditionModel": Tiny(
         {
@@ -114,11 +121,15 @@ UNETS = {
         },
         svd,
         moved="sample",
+        grids=LEVELS,
+        levels=True,
     ),
     "I2VGenXLUNet": Tiny(
         UNET | CROSS3D | {"attention_head_dim": 8},
         i2vgen,
         moved="sample",
+        grids=LEVELS,
+        levels=True,
     ),
     "Kandinsky3UNet": Tiny(
         {
@@ -133,6 +144,8 @@ UNETS = {
         },
         lambda r: unet(r, encoder_attention_mask=torch.ones(1, TEXT)) | {"sample": r(1, 4, 16, 24)},
         moved="sample",
+        grids=((16, 24), (8, 12), (4, 6), (2, 3)),
+        levels=True,
     ),
     "DreamLiteUNetModel": Tiny(
         {
@@ -145,6 +158,8 @@ UNETS = {
         },
         unet,
         moved="sample",
+        grids=LEVELS,
+        levels=True,
     ),
     "UNetControlNetXSModel": Tiny(
         without(UNET, "attention_head_dim", "out_channels", "in_channels", "layers_per_block")
@@ -157,9 +172,15 @@ UNETS = {
         },
         lambda r: unet(r, controlnet_cond=r(1, 3, 16, 24)),
         moved="sample",
+        grids=LEVELS,
+        levels=True,
     ),
     "ControlNetModel": Tiny(
-        HALF | CONTROL, lambda r: unet(r, controlnet_cond=r(1, 3, 16, 24)), moved="sample"
+        HALF | CONTROL,
+        lambda r: unet(r, controlnet_cond=r(1, 3, 16, 24)),
+        moved="sample",
+        grids=LEVELS,
+        levels=True,
     ),
     "ControlNetUnionModel": Tiny(
         HALF
@@ -173,6 +194,8 @@ UNETS = {
         },
         union,
         moved="sample",
+        grids=LEVELS,
+        levels=True,
     ),
     "SparseControlNetModel": Tiny(
         without(HALF, "down_block_types")
@@ -184,8 +207,12 @@ UNETS = {
             "concat_conditioning_mask": False,
             "use_simplified_condition_embedding": True,
         },
-        lambda r: unet(r, frames=(3,), controlnet_cond=r(1, 4, 3, 8, 12))
-        | {"encoder_hidden_states": r(3, TEXT, 16)},
+        lambda r: (
+            unet(r, frames=(3,), controlnet_cond=r(1, 4, 3, 8, 12))
+            | {"encoder_hidden_states": r(3, TEXT, 16)}
+        ),
         moved="sample",
+        grids=LEVELS,
+        levels=True,
     ),
 }

@@ -195,10 +195,11 @@ def cosmos_control(r):
 
 
 VIDEOS = {
-    "WanTransformer3DModel": Tiny(WAN, video),
+    "WanTransformer3DModel": Tiny(WAN, video, grids=((T, H, W),)),
     "WanVACETransformer3DModel": Tiny(
         WAN | {"vace_layers": [0], "vace_in_channels": 12},
         lambda r: video(r, control_hidden_states=r(1, 12, T, 2 * H, 2 * W)),
+        grids=((T, H, W),),
     ),
     "WanAnimateTransformer3DModel": Tiny(
         WAN
@@ -216,15 +217,21 @@ VIDEOS = {
             "inject_face_latents_blocks": 2,
         },
         wan_animate,
+        grids=((21, 4, 4),),
     ),
     "ChronoEditTransformer3DModel": Tiny(
-        WAN | {"rope_temporal_skip_len": 8}, lambda r: video(r, grid=(2, 2 * H, 2 * W))
+        WAN | {"rope_temporal_skip_len": 8},
+        lambda r: video(r, grid=(2, 2 * H, 2 * W)),
+        grids=((2, H, W),),
     ),
-    "SkyReelsV2Transformer3DModel": Tiny(WAN, video),
+    "SkyReelsV2Transformer3DModel": Tiny(WAN, video, grids=((T, H, W),)),
     "AnyFlowTransformer3DModel": Tiny(
         ANYFLOW,
-        lambda r: frames_first(r, text=16, batch=1)
-        | {"timestep": torch.full((1, T), 500.0), "r_timestep": torch.full((1, T), 250.0)},
+        lambda r: (
+            frames_first(r, text=16, batch=1)
+            | {"timestep": torch.full((1, T), 500.0), "r_timestep": torch.full((1, T), 250.0)}
+        ),
+        grids=((T, H, W),),
     ),
     "HeliosTransformer3DModel": Tiny(
         {k: v for k, v in WAN.items() if k != "rope_max_seq_len"}
@@ -236,6 +243,8 @@ VIDEOS = {
             "is_amplify_history": False,
         },
         helios,
+        grids=((T, H, W),),
+        before=None,
     ),
     "CosmosTransformer3DModel": Tiny(
         COSMOS
@@ -251,6 +260,7 @@ VIDEOS = {
             attention_mask=torch.ones(1, TEXT),
             fps=30,
         ),
+        grids=((T, H, W),),
     ),
     "CosmosControlNetModel": Tiny(
         COSMOS
@@ -266,6 +276,7 @@ VIDEOS = {
         },
         cosmos_control,
         moved="controls_latents",
+        grids=((T, H, W),),
     ),
     "AllegroTransformer3DModel": Tiny(
         {
@@ -281,8 +292,9 @@ VIDEOS = {
             "caption_channels": 8,
         },
         lambda r: video(r, text=8, batch=2),
+        grids=((T, H, W),),
     ),
-    "LTXVideoTransformer3DModel": Tiny(LTX, ltx),
+    "LTXVideoTransformer3DModel": Tiny(LTX, ltx, grids=((T, H, W),)),
     "LTX2VideoTransformer3DModel": Tiny(
         LTX
         | {
@@ -296,8 +308,9 @@ VIDEOS = {
             "rope_double_precision": False,
         },
         ltx2,
+        grids=((T, H, W),),
     ),
-    "HunyuanVideoTransformer3DModel": Tiny(HUNYUAN, hunyuan),
+    "HunyuanVideoTransformer3DModel": Tiny(HUNYUAN, hunyuan, grids=((T, H, W),), before=(0,)),
     "HunyuanVideo15Transformer3DModel": Tiny(
         {
             "in_channels": 4,
@@ -316,6 +329,8 @@ VIDEOS = {
             "target_size": 16,
         },
         hunyuan15,
+        grids=((T, H, W),),
+        before=(0,),
     ),
     "MotifVideoTransformer3DModel": Tiny(
         {
@@ -334,6 +349,8 @@ VIDEOS = {
             "rope_axes_dim": (4, 4, 4),
         },
         lambda r: video(r, grid=(T, H, W)),
+        grids=((T, H, W),),
+        before=(0,),
     ),
     "MochiTransformer3DModel": Tiny(
         {
@@ -348,8 +365,12 @@ VIDEOS = {
             "max_sequence_length": 16,
         },
         lambda r: video(
-            r, batch=2, encoder_attention_mask=torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+            r,
+            batch=2,
+            encoder_attention_mask=torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool(),
         ),
+        grids=((T, H, W),),
+        before=(0,),
     ),
     "EasyAnimateTransformer3DModel": Tiny(
         {
@@ -364,6 +385,7 @@ VIDEOS = {
             "time_embed_dim": 8,
         },
         lambda r: video(r, batch=2),
+        grids=((T, H, W),),
     ),
     "JoyImageEditTransformer3DModel": Tiny(
         {
@@ -377,8 +399,10 @@ VIDEOS = {
             "theta": 256,
         },
         video,
+        grids=((T, H, W),),
+        before=(0,),
     ),
-    "CogVideoXTransformer3DModel": Tiny(COGVIDEO, frames_first),
+    "CogVideoXTransformer3DModel": Tiny(COGVIDEO, frames_first, grids=((T, H, W),)),
     "ConsisIDTransformer3DModel": Tiny(
         COGVIDEO
         | {
@@ -399,6 +423,7 @@ VIDEOS = {
             "LFE_num_scale": 1,
         },
         consisid,
+        grids=((T, H, W),),
     ),
     "Kandinsky5Transformer3DModel": Tiny(
         {
@@ -414,6 +439,7 @@ VIDEOS = {
             "axes_dims": (4, 6, 6),
         },
         kandinsky5,
+        grids=((T, H, W),),
     ),
     "Kandinsky6Transformer3DModel": Tiny(
         {
@@ -432,6 +458,7 @@ VIDEOS = {
             "out_audio_dim": 4,
         },
         kandinsky6,
+        grids=((T, H, W),),
     ),
     "LatteTransformer3DModel": Tiny(
         {
@@ -451,5 +478,6 @@ VIDEOS = {
             "video_length": T,
         },
         lambda r: video(r, text=8, batch=2, grid=(T, 8, 8)),
+        grids=((4, 4),),
     ),
 }
