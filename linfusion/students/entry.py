@@ -82,7 +82,7 @@ class Entry:
         """Channels in and out of every projection, and whether it has a bias."""
         if self.linears is not None:
             return self.linears
-        found = {n: (self.dim, self.inner_dim, self.bias) for n in ("to_q", "to_k", "to_v")}
+        found = dict.fromkeys(("to_q", "to_k", "to_v"), (self.dim, self.inner_dim, self.bias))
         return found | ({"to_out.0": (self.inner_dim, self.dim, self.bias)} if self.out else {})
 
     def to_dict(self, setting_key: str) -> dict[str, Any]:

@@ -338,8 +338,8 @@ IMAGES = {
             "patch_size": 2,
             "in_channels": 4,
             "out_channels": 4,
-            "num_mmdit_layers": 1,
-            "num_single_dit_layers": 1,
+            "num_mmdit_layers": 2,
+            "num_single_dit_layers": 2,
             "attention_head_dim": 8,
             "num_attention_heads": 2,
             "caption_projection_dim": 16,
@@ -347,6 +347,7 @@ IMAGES = {
             "pos_embed_max_size": 256,
         },
         latents,
+        before=None,  # it has tokens of its own before those of the text
     ),
     "PRXTransformer2DModel": Tiny(
         {
@@ -513,5 +514,30 @@ IMAGES = {
             "use_additional_conditions": False,
         },
         lambda r: latents(r, added_cond_kwargs={"resolution": None, "aspect_ratio": None}),
+    ),
+    "UVit2DModel": Tiny(
+        {
+            "hidden_size": 16,
+            "cond_embed_dim": 8,
+            "micro_cond_encode_dim": 2,
+            "micro_cond_embed_dim": 10,
+            "encoder_hidden_size": 8,
+            "vocab_size": 32,
+            "codebook_size": 24,
+            "in_channels": 16,
+            "block_out_channels": 16,
+            "num_res_blocks": 1,
+            "block_num_heads": 2,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "sample_size": 8,
+        },
+        lambda r: {
+            "input_ids": torch.arange(24).reshape(1, 4, 6),
+            "encoder_hidden_states": r(1, TEXT, 8),
+            "pooled_text_emb": r(1, 8),
+            "micro_conds": torch.ones(1, 5),
+        },
     ),
 }

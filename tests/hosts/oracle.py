@@ -37,8 +37,10 @@ def seen(row: Tiny, queries: int, keys: int, radius: float, batch: int) -> Tenso
         for grid, size in zip(grids, sizes, strict=True):
             mask[sample, 0, start : start + size, start : start + size] = window(grid, radius)
             start += size
-    # Fewer queries than keys are the last ones: those of the pixels.
-    return mask[:, :, keys - queries :]
+    if queries == keys:
+        return mask
+    first = row.before[0] if row.before is not None else keys - queries  # queries are the pixels
+    return mask[:, :, first : first + queries]
 
 
 @contextmanager
@@ -46,7 +48,7 @@ def masked(model: nn.Module, paths: Iterable[str], row: Tiny, radius: float) -> 
     """The attention of the layers `paths` goes under the mask; gives the paths that were called."""
     softmax, inside, called = F.scaled_dot_product_attention, [], []
 
-    def attention(query, key, value, attn_mask=None, **kwargs):
+    def attention(query, key, value, attn_mask=None, *args, **kwargs):
         if inside and key.shape[-2] >= row.least:
             called.append(inside[-1])
             own = seen(row, query.shape[-2], key.shape[-2], radius, query.shape[0])
@@ -54,7 +56,7 @@ def masked(model: nn.Module, paths: Iterable[str], row: Tiny, radius: float) -> 
                 attn_mask = attn_mask + torch.where(own, 0.0, -torch.inf)
             else:
                 attn_mask = own if attn_mask is None else own & attn_mask
-        return softmax(query, key, value, attn_mask, **kwargs)
+        return softmax(query, key, value, attn_mask, *args, **kwargs)
 
     def enter(path):
         return lambda *_: inside.append(path)

@@ -58,7 +58,8 @@ def build(name: str, row: Tiny, seed: int = 0) -> nn.Module:
             if norm and path.endswith("weight"):
                 parameter.fill_(2.0)
             elif parameter.ndim > 1 and any(
-                f".{x}." in path for x in ("to_q", "to_k", "to_qkv", "to_query", "to_key", "qkv")
+                f".{x}." in path
+                for x in ("to_q", "to_k", "to_v", "to_out", "to_qkv", "to_query", "to_key", "qkv")
             ):
                 parameter.normal_(std=0.4)
             elif parameter.ndim > 1 and not parameter.any():

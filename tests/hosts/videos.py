@@ -7,6 +7,7 @@ import torch
 from tests.hosts.tiny import TEXT, Tiny, ones
 
 T, H, W = 3, 4, 6
+FRAMES_BEFORE = (56,)  # those of FramePack's history: 2 + 6 + 48 tokens
 
 
 def video(r, channels=4, text=16, batch=1, grid=(T, 2 * H, 2 * W), **more):
@@ -125,6 +126,20 @@ def hunyuan(r, **more):
         encoder_attention_mask=mask,
         guidance=torch.tensor([500]),
         **more,
+    )
+
+
+def framepack(r):
+    return hunyuan(
+        r,
+        image_embeds=r(1, 3, 8),
+        indices_latents=torch.arange(T) + 10,
+        latents_clean=r(1, 4, 2, 2 * H, 2 * W),
+        indices_latents_clean=torch.arange(2) + 8,
+        latents_history_2x=r(1, 4, 2, 2 * H, 2 * W),
+        indices_latents_history_2x=torch.arange(2) + 6,
+        latents_history_4x=r(1, 4, 4, 2 * H, 2 * W),
+        indices_latents_history_4x=torch.arange(4),
     )
 
 
@@ -331,6 +346,12 @@ VIDEOS = {
         hunyuan15,
         grids=((T, H, W),),
         before=(0,),
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": Tiny(
+        HUNYUAN | {"has_image_proj": True, "image_proj_dim": 8, "has_clean_x_embedder": True},
+        framepack,
+        grids=((T, H, W),),
+        before=FRAMES_BEFORE,
     ),
     "MotifVideoTransformer3DModel": Tiny(
         {

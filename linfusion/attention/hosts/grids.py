@@ -83,6 +83,12 @@ def levels(arguments: Arguments, config: Arguments) -> Levels:
     return Levels(found)
 
 
+def uvit(arguments: Arguments, config: Arguments) -> Grid:
+    """UVit: height and width of its codes, halved where it samples down."""
+    height, width = arguments["input_ids"].shape[1:]
+    return (height // 2, width // 2) if config.get("downsample") else (height, width)
+
+
 def z_image(arguments: Arguments, config: Arguments) -> PerSample:
     """Z-Image: a list of pictures, each padded to a multiple of 32 tokens.
 

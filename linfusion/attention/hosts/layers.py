@@ -63,29 +63,52 @@ def pixel_layers(model: nn.Module) -> Callable[[str], bool] | None:
     if host is not None:
         pattern = re.compile(host.layers)
         return lambda path: pattern.fullmatch(path) is not None
-    if kind in _REFUSED:
+    if kind in _REFUSED and kind not in _NO_GRID:
         raise ValueError(
             f"model_or_pipe: {kind} has no attention from pixels to pixels alone{_why_not(kind)}"
         )
     return None
 
 
-# Attention that is not from pixels to pixels with a softmax, and so has no window.
+_LINEAR = "its self-attention is linear already"
+_PACKED = "its sequences are packed, and its masks tell queries apart"
+_AUDIO = "its tokens are audio"
+_PART = "it is a part of other models, which know the grid"
+
+# Models without an attention from pixels to pixels that a window could stand in for.
 _REFUSED = {
-    "StableCascadeUNet": "its layers attend to pixels and text at the same time",
-    "TransformerTemporalModel": "its tokens are the frames of one pixel",
-    "PriorTransformer": "its tokens are embeddings of text and of a whole picture",
-    "SanaTransformer2DModel": "its self-attention is linear already",
-    "SanaControlNetModel": "its self-attention is linear already",
-    "SanaVideoTransformer3DModel": "its self-attention is linear already",
     "AnyFlowFARTransformer3DModel": "its attention is causal over chunks, by a block mask",
     "Kandinsky6SRTransformer3DModel": "its attention is sparse already, by a block mask",
     "OmniGenTransformer2DModel": "its masks tell queries apart: text is causal",
-    "Ideogram4Transformer2DModel": "its masks tell queries apart: samples are packed in a sequence",
-    "Cosmos3OmniTransformer": "its sequences are packed, with causal text",
-    "MiniMaxH3Transformer3DModel": "its sequences are packed, of video, audio and text",
-    "JoyImageEditPlusTransformer3DModel": "its patches are packed, a batch of small pictures",
+    "Ideogram4Transformer2DModel": _PACKED,
+    "Cosmos3OmniTransformer": _PACKED,
+    "MiniMaxH3Transformer3DModel": _PACKED,
+    "JoyImageEditPlusTransformer3DModel": _PACKED,
+    "WanAnimate2Transformer3DModel": "it attends to keys of an earlier pass",
+    "StableCascadeUNet": "its layers attend to pixels and text at the same time",
+    "SanaTransformer2DModel": _LINEAR,
+    "SanaControlNetModel": _LINEAR,
+    "SanaVideoTransformer3DModel": _LINEAR,
+    "SanaWMTransformer3DModel": _LINEAR,
+    "SanaWMLTX2RefinerTransformer3DModel": "nothing it is called with tells the grid of its tokens",
+    "ZImageControlNetModel": "it runs layers that it shares with a transformer",
+    "PriorTransformer": "its tokens are embeddings of text and of a whole picture",
+    "TransformerTemporalModel": "its tokens are the frames of one pixel",
+    "Transformer2DModel": _PART,
+    "DreamLiteTransformer2DModel": _PART,
+    "UNet1DModel": "it has no attention with a processor",
+    "AceStepTransformer1DModel": _AUDIO,
+    "LongCatAudioDiTTransformer": _AUDIO,
+    "MiniMaxMusic3Transformer1DModel": _AUDIO,
+    "MiniMaxMusic3RVQDepthDecoder": _AUDIO,
+    "StableAudioDiTModel": _AUDIO,
+    "StableAudio3DiTModel": _AUDIO,
+    "T5FilmDecoder": _AUDIO,
+    "RFD4ProteinaTransformer": "its tokens are those of a protein",
 }
+
+# Of these, some layers of diffusers' class Attention do attend over pixels, and need no grid.
+_NO_GRID = ("Transformer2DModel", "SanaWMLTX2RefinerTransformer3DModel")
 
 
 def _why_not(kind: str) -> str:

@@ -69,7 +69,8 @@ def _subclass(kind: Any, name: str) -> Any:
         before = CALL.layer
         layer = CALL.layer = _Layer(getattr(attn, name), self._chosen_backend)
         try:
-            if dispatches:
+            # A host that attends from other tokens in calls of their own does so past any backend.
+            if dispatches and not CALL.layout.other_calls:
                 out = kind.__call__(self, attn, *args, **kwargs)
             else:
                 with _Caught():
@@ -155,7 +156,7 @@ class _Caught(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
+        if func is not F.scaled_dot_product_attention or CALL.layer is None:
             return func(*args, **kwargs)
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -196,9 +197,13 @@ def _exchanged(
             f"attn_mask: got a {type(mask).__name__}; windows honour masks over keys, which are"
             " tensors"
         )
-    out = attend(layer.form, layout, q, k, v, mask, scale, rest)
-    if out is None:
-        return rest(q, k, v, mask)
+    CALL.layer = None  # what `rest` attends to is not exchanged again
+    try:
+        out = attend(layer.form, layout, q, k, v, mask, scale, rest)
+        if out is None:
+            return rest(q, k, v, mask)
+    finally:
+        CALL.layer = layer
     if causal or dropout:
         what = f"dropout_p: got {dropout}" if dropout else "is_causal: got True"
         raise ValueError(f"{what}; windows of pixels have no such form")

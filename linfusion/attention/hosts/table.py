@@ -15,7 +15,8 @@ from linfusion.attention.hosts.host import Arguments, Host
 _BLOCKS = r"(single_)?transformer_blocks\.\d+\.attn"
 _FIRST = r"transformer_blocks\.\d+\.attn1"
 _WAN = r"blocks\.\d+\.attn1"
-_UNET = r"(?:.*\.)?(?:\w+_)?attentions\.\d+\.transformer_blocks\.\d+\.attn1"
+# Not temp_attentions and motion_modules, which see one pixel through time.
+_UNET = r"(.*\.)?(base_|ctrl_)?attentions\.\d+\.transformer_blocks\.\d+\.attn1"
 
 _LATENT = latent()
 _FRAMES_FIRST = latent(axes=(1, 3, 4))  # [B, frames, C, h, w]
@@ -117,6 +118,7 @@ HOSTS = {
     "I2VGenXLUNet": _UNETS,
     "UNetControlNetXSModel": _UNETS,
     "DreamLiteUNetModel": _UNETS,
+    "UVit2DModel": Host(r"transformer_layers\.\d+\.attn1", grids.uvit),
     "Kandinsky3UNet": Host(r"(down|up)_blocks\.\d+\.attentions\.0\.attention", levels),
     "ControlNetModel": _UNETS,
     "ControlNetUnionModel": _UNETS,
