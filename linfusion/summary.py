@@ -69,14 +69,16 @@ class Summary:
         return "\n".join([head, *rows])
 
 
-def summary(model_or_pipe: Any) -> Summary:
+def summary(model_or_pipe: Any, method: str | None = None) -> Summary:
     """What is linear in a model, what it learned, what its state takes, and from when on it pays.
 
     Args:
         model_or_pipe: a pipeline or a model, linearized or not.
+        method: of a model that is not linearized, what it would be with this method; None is the
+            first that takes it.
 
     Raises:
-        ValueError: it has no self-attention that could be linear.
+        ValueError: it has no self-attention that could be linear, or is linear by another method.
     """
     models = models_of(model_or_pipe)
     layers: list[LayerSummary] = []
@@ -84,8 +86,12 @@ def summary(model_or_pipe: Any) -> Summary:
     methods = []
     for name, model in models.items():
         record = record_of(model)
+        if record is not None and method not in (None, record.method):
+            raise ValueError(
+                f"method: got {method!r}, but the model is linear by {record.method!r}"
+            )
         methods += [record.method] if record else []
-        own, own_fused = _layers(model, record, f"{name}." if len(models) > 1 else "")
+        own, own_fused = _layers(model, record, method, f"{name}." if len(models) > 1 else "")
         layers += own
         fused = fused or own_fused
     kinds = ", ".join(type(model).__name__ for model in models.values())
@@ -93,10 +99,13 @@ def summary(model_or_pipe: Any) -> Summary:
 
 
 def _layers(
-    model: nn.Module, record: Record | None, prefix: str
+    model: nn.Module, record: Record | None, method: str | None, prefix: str
 ) -> tuple[list[LayerSummary], bool]:
     """Those of one model, and whether any is fused."""
-    mechanism = get_method(record.method) if record else _first_that_fits(model)
+    if record is not None:
+        mechanism = get_method(record.method)
+    else:
+        mechanism = _first_that_fits(model) if method is None else get_method(method)
     taken = record.layers if record else {}
     found = candidates(model, mechanism.name)
     settings = mechanism.settings(found, None, {}) | (record.settings if record else {})

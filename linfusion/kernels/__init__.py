@@ -6,7 +6,7 @@ from linfusion.kernels.linear_attention import (
     linear_read,
     linear_state,
 )
-from linfusion.kernels.ssd import ssd_bidirectional, ssd_scan, ssd_step
+from linfusion.kernels.ssd import ssd_scan, ssd_step
 from linfusion.kernels.window_attention import TileOrder, window_attention
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "linear_attention",
     "linear_read",
     "linear_state",
-    "ssd_bidirectional",
     "ssd_scan",
     "ssd_step",
     "window_attention",

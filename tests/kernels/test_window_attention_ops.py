@@ -82,16 +82,6 @@ def test_tile_order_compiles_whole():
     assert torch.equal(torch.compile(f, fullgraph=True, backend="eager")(x), x + 1)
 
 
-def test_vmap_is_a_loop():
-    q, k, v = (x.detach() for x in tensors((4, 2, 21, 3, 8), (2, 21, 3, 8), (2, 21, 3, 8)))
-
-    def f(q: Tensor) -> Tensor:
-        return window_attention(q, k, v, grid=(3, 7), radius=3, impl="blocked")
-
-    together = torch.vmap(f)(q)
-    assert all(torch.allclose(a, f(b), atol=1e-6) for a, b in zip(together, q, strict=True))
-
-
 def test_a_second_derivative_is_refused_and_says_what_has_one():
     q, k, v = tensors(*[(1, 6, 2, 8)] * 3)
     o = window_attention(q, k, v, grid=(2, 3), radius=2, impl="blocked")

@@ -11,7 +11,7 @@ from torch import nn
 from linfusion.attention.hosts.table import HOSTS, host_of
 
 
-def pixel_attention(model: nn.Module, method: str) -> dict[str, Any]:
+def hosted_layers(model: nn.Module, method: str) -> dict[str, Any]:
     """The layers of a host that a method may put windows on, by path.
 
     Args:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linfusion.kernels import LinearState, linear_read, linear_state, onednn
+from linfusion.kernels import LinearState, linear_read, linear_state
 from linfusion.kernels.linear_attention import blocked_bf16
+from linfusion.kernels.linear_attention.common import Choices
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from linfusion.attention.linfusion.feature_map import FeatureMap, ResidualMLP
 
 _EPS = 1e-4
+_READ = Choices("elu1", "mean", _EPS)
 # Tokens at a time, a picture: what is between x and the output then stays in a CPU's cache (this
 # many in float32, twice as many in half of it), and bounded on a GPU.
 _BLOCK = {"cpu": 1024}
@@ -86,12 +88,6 @@ class FusedLayer(nn.Module):
 
     def forward(self, x: Tensor, key_weight: Tensor | None = None) -> Tensor:
         """[B, N, C] -> [B, N, C], the output projection and its bias included."""
-        if _plain(x, torch.float32) and onednn.serves():
-            with onednn.float32_products():
-                return self._forward(x, key_weight)
-        return self._forward(x, key_weight)
-
-    def _forward(self, x: Tensor, key_weight: Tensor | None) -> Tensor:
         batch, tokens, channels = x.shape
         block = _GPU_BLOCK
         if x.device.type == "cpu":
@@ -108,7 +104,7 @@ class FusedLayer(nn.Module):
             queries[:, piece] = q
             k, v = self._split(k), self._split(v)
             if narrow:
-                part = LinearState(*blocked_bf16.state_forward(k, v, "elu1"))
+                part = blocked_bf16.state_forward(k, v, _READ.feature_map)
             else:
                 weight = None if key_weight is None else key_weight[:, piece]
                 part = linear_state(k, v, key_weight=weight)
@@ -126,13 +122,7 @@ class FusedLayer(nn.Module):
     def _reader(self, state: LinearState, narrow: bool) -> Callable[[Tensor], Tensor]:
         """What queries [B, N, H, D] give: [B, N, C], the output projection included."""
         if narrow:
-            kv, m, count = state
-
-            def unfolded(q: Tensor) -> Tensor:
-                o = blocked_bf16.read_forward(q, kv, m, "elu1", "mean", _EPS, count)
-                return self.out(o.flatten(2))
-
-            return unfolded
+            return lambda q: self.out(blocked_bf16.read_forward(q, state, _READ).flatten(2))
         g, bias = self.out(state.kv)
         return lambda q: torch.baddbmm(bias, _normalized(q, state.k_mean).flatten(2).to(g.dtype), g)
 

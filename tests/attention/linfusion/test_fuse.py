@@ -100,24 +100,6 @@ def test_bfloat16_products_serve_inference_alone(monkeypatch):
     assert not fused._narrow(x, None)  # gradients take a float32 state
 
 
-@pytest.mark.parametrize("serves", [True, False])
-def test_float32_products_are_those_of_onednn_where_it_serves_inference(serves, monkeypatch):
-    monkeypatch.setattr(fused.onednn, "serves", lambda: serves)
-    unet = linfusion.fuse(linear_unet())
-    settings, asked = torch.backends.mkldnn.matmul, []
-    project = fused.FusedLayer._project
-    monkeypatch.setattr(
-        fused.FusedLayer,
-        "_project",
-        lambda layer, x: (asked.append(settings.fp32_precision), project(layer, x))[1],
-    )
-    denoise(unet)
-    assert set(asked) == {"bf16" if serves else "none"}
-    asked.clear()
-    unet(**unet_inputs(unet))
-    assert set(asked) == {"none"} == {settings.fp32_precision}
-
-
 def test_a_fused_model_says_so():
     unet = linear_unet()
     assert not linfusion.summary(unet).fused

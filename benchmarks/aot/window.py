@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from benchmarks.aot.chips import COLUMNS, RULE, Chip, Report
+
 if TYPE_CHECKING:
-    from benchmarks.aot import Chip, Report
     from linfusion.kernels.launch import Launch
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 72, 96, 128)
 RADII = (8, 16, 32)
 # FLUX.1 at 1024 pixels.
 BATCH, GRID, HEADS, TEXT = 1, (64, 64), 24, 512
@@ -103,21 +104,16 @@ def section(reports: list[Report]) -> list[str]:
             "",
             f"## {chip}, window attention",
             "",
-            "| dtype | D | kernel | tile | registers | spills | shared | matrix instruction "
-            "| loads: bytes × count | HBM | issued |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            f"{COLUMNS} HBM | issued |",
+            f"{RULE} --- | --- |",
         ]
-        of_kernel: dict[tuple[str, int, str], list[Report]] = {}
+        of_kernel: dict[tuple[str, int | str, str], list[Report]] = {}
         for r in (r for r in reports if r.chip == chip):
             of_kernel.setdefault((r.dtype, r.d, r.kernel.split(",")[0]), []).append(r)
-        for (dtype, d, kernel), group in of_kernel.items():
+        for (_, _, kernel), group in of_kernel.items():
             r = group[0]
-            loads = ", ".join(f"{w} × {n}" for w, n in sorted(r.loads.items(), reverse=True))
             issued = " / ".join(f"{x.issued / x.minimum:.1f}" for x in group)
-            lines.append(
-                f"| {dtype} | {d} | {kernel} | {r.tile} | {r.registers} | {r.spills} | {r.shared} "
-                f"| {r.mma or '–'} | {loads} | {r.hbm / r.minimum:.2f} | {issued} |"
-            )
+            lines.append(f"{r.cells(kernel)} {r.hbm / r.minimum:.2f} | {issued} |")
     return lines
 
 

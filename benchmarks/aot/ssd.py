@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from benchmarks.aot.chips import COLUMNS, RULE, Chip, Report
+
 if TYPE_CHECKING:
-    from benchmarks.aot import Chip, Report
     from linfusion.kernels.launch import Launch
 
 # Channels of a head × features of its state.
-SIZES = {"64×64": (64, 64), "64×128": (64, 128), "128×64": (128, 64)}
+SIZES = {"64×64": (64, 64), "64×128": (64, 128), "128×64": (128, 64), "128×128": (128, 128)}
 BATCH, TOKENS, HEADS, GROUPS, CHUNK = 1, 65536, 32, 1, 256
 
 
@@ -86,15 +87,10 @@ def section(reports: list[Report]) -> list[str]:
             "",
             f"## {chip}, state-space scan",
             "",
-            "| dtype | P × N | kernel | tile | registers | spills | shared | matrix instruction "
-            "| loads: bytes × count | HBM |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            f"{COLUMNS.replace(' D ', ' P × N ')} HBM |",
+            f"{RULE} --- |",
         ]
         for r in (r for r in reports if r.chip == chip):
-            loads = ", ".join(f"{w} × {n}" for w, n in sorted(r.loads.items(), reverse=True))
             hbm = f"{r.hbm / r.minimum:.2f}" if r.minimum else "–"
-            lines.append(
-                f"| {r.dtype} | {r.d} | {r.kernel} | {r.tile} | {r.registers} | {r.spills} "
-                f"| {r.shared} | {r.mma or '–'} | {loads} | {hbm} |"
-            )
+            lines.append(f"{r.cells()} {hbm} |")
     return lines
