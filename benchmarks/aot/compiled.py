@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What a tile is called, by family of kernels.
 TILES = {
     "linear": ("BN", "BD", "BE", "BLOCK"),
-    "window": ("BM", "BK", "BD"),
+    "window": ("BM", "BK", "BA", "BB"),
     "ssd": ("BM", "BK", "BD", "BP", "BN", "BLOCK", "BH"),
 }
 TRAFFIC = {"linear": linear.traffic, "window": window.traffic, "ssd": ssd.traffic}

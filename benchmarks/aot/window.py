@@ -63,7 +63,8 @@ def traffic(launch: Launch) -> tuple[int, int, int]:
     # Tensors of the tokens that a program holds, and rows of the two tensors that it walks over.
     held = {"window_fwd": 2, "window_bwd_q": 4}.get(launch.kernel.__name__, 4)
     if launch.kernel.__name__ == "window_bwd_all":
-        rows = held * BATCH * HEADS * TEXT + 2 * launch.programs * a["tokens"]
+        tokens = a["T"] * a["Y"] * a["X"]
+        rows = held * BATCH * HEADS * TEXT + 2 * launch.programs * tokens
     else:
         entries = (len(a["TABLE"]) - 4 * a["tiles"]) // 2
         seen = 64 * entries + a["tiles"] * a.get("always", 0)
@@ -76,7 +77,7 @@ def section(reports: list[Report]) -> list[str]:
     """The lines of the page; `reports` are those of `launches`."""
     import torch
 
-    from linfusion.kernels.window_attention.triton_lists import lists
+    from linfusion.kernels.window_attention.triton.lists import lists
 
     lines = [
         "",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.window_attention import order
 from linfusion.kernels.window_attention.blocked_backward import attention_backward
 from linfusion.kernels.window_attention.blocks import (
@@ -20,13 +21,13 @@ from linfusion.kernels.window_attention.blocks import (
     Masks,
     Part,
     blocks_of,
+    count_bias,
     dense_bias,
     forward_tile,
     is_dense,
     plan,
     tiles,
 )
-from linfusion.kernels.window_attention.common import accumulator
 from linfusion.kernels.window_attention.products import Products, applies
 
 __all__ = ["attention", "attention_backward"]
@@ -46,10 +47,11 @@ def attention(
     shape: str,
     scale: float,
     tiled: bool,
+    cells: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Output [B, N, H, D] and log-sum-exp [B, N, H]; arguments as for the operator."""
     if is_dense(grid, radius, shape):
-        return _dense(q, k, v, k_all, v_all, grid, radius, shape, scale, tiled)
+        return _dense(q, k, v, k_all, v_all, grid, radius, shape, scale, tiled, cells)
     # Huge pages would save little beside the products, and cost a fifth where memory is in pieces.
     o = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=accumulator(q), device=q.device)
@@ -82,9 +84,14 @@ def attention(
             o_g, lse_g = found
             if k_all.shape[2]:
                 whole, k_h, v_h = q_g.flatten(1, 2), k_all[b, heads], v_all[b, heads]
-                found = products.of_all(whole, k_h, v_h) if products else None
+                found = products.of_all(whole, k_h, v_h) if products and not cells else None
                 if found is None:
-                    found = attend(whole[:, None], k_h[:, None], v_h[:, None], None, scale)
+                    counted = None
+                    if cells:
+                        part_of = block.where(group)
+                        every = k_all.shape[2]
+                        counted = count_bias(grid, cells, radius, shape, every, q, part_of)
+                    found = attend(whole[:, None], k_h[:, None], v_h[:, None], counted, scale)
                 o_e, lse_e = found[0].view(q_g.shape).to(o_g.dtype), found[1].view(lse_g.shape)
                 o_g = torch.lerp(o_g, o_e, (lse_e - lse_g).sigmoid_().to(o_g.dtype)[..., None])
                 lse_g = torch.logaddexp(lse_g, lse_e)
@@ -104,10 +111,11 @@ def _dense(
     shape: str,
     scale: float,
     tiled: bool,
+    cells: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Few tokens, or a window that sees them all: one call."""
     keys, values = _with(k_all, k), _with(v_all, v)
-    bias = dense_bias(grid, radius, shape, k_all.shape[1], tiled, q)
+    bias = dense_bias(grid, radius, shape, k_all.shape[1], tiled, q, cells)
     dtype = _product_dtype(q)
     q, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, keys, values))
     o, lse = attend(q, keys, values, None if bias is None else bias.to(dtype), scale)

@@ -16,13 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linfusion.kernels.window_attention.common import (
-    accumulator,
-    coordinates,
-    covers,
-    reach,
-    window,
-)
+from linfusion.kernels.common import accumulator
+from linfusion.kernels.window_attention.cells import log_counts
+from linfusion.kernels.window_attention.common import coordinates, covers, reach, window
 from linfusion.kernels.window_attention.order import place_of, raster_of
 
 # 32 queries, what torch's flash kernel for CPUs multiplies at a time: more would see more keys
@@ -307,10 +303,19 @@ def is_dense(grid: tuple[int, ...], radius: float, shape: str) -> bool:
 
 
 def dense_bias(
-    grid: tuple[int, ...], radius: float, shape: str, always: int, tiled: bool, q: Tensor
+    grid: tuple[int, ...],
+    radius: float,
+    shape: str,
+    always: int,
+    tiled: bool,
+    q: Tensor,
+    cells: tuple[int, ...] = (),
 ) -> Tensor | None:
-    """[N, always + N], 0 where a key is seen and -inf elsewhere; None if every key is."""
-    if covers(grid, radius, shape):
+    """[N, always + N], 0 where a key is seen and -inf elsewhere; None if every key is.
+
+    The last of the keys that come before stand for `cells`, if there are any.
+    """
+    if covers(grid, radius, shape) and not cells:
         return None
     at = coordinates(grid, q.device)
     if tiled:
@@ -318,4 +323,23 @@ def dense_bias(
     seen = window([x[:, None] - x[None, :] for x in at], radius, shape)
     bias = torch.zeros(len(seen), always + len(seen), dtype=accumulator(q), device=q.device)
     bias[:, always:].masked_fill_(~seen, float("-inf"))
+    if cells:
+        counted = count_bias(grid, cells, radius, shape, always, q)
+        bias[:, :always] = counted[raster_of(grid, q.device)] if tiled else counted
     return bias
+
+
+def count_bias(
+    grid: tuple[int, ...],
+    cells: tuple[int, ...],
+    radius: float,
+    shape: str,
+    always: int,
+    q: Tensor,
+    where: tuple[slice, ...] | None = None,
+) -> Tensor:
+    """[queries, always]: 0 for the text, then the logarithm of the tokens a cell stands for."""
+    counted = log_counts(grid, cells, radius, shape, q, where)
+    # Of a row of -inf alone torch's flash kernel returns 0 as the log-sum-exp.
+    counted = counted.clamp(min=-1e30)
+    return F.pad(counted, (always - counted.shape[1], 0))
