@@ -9,6 +9,7 @@ _HOME = {
     "lit": "linfusion.attention.lit",
     "mate": "linfusion.attention.mate.method",
     "clear": "linfusion.attention.clear.method",
+    "hybrid": "linfusion.attention.hybrid.method",
 }
 
 

@@ -86,7 +86,8 @@ def _layers(
     from linfusion.attention.base import SelfAttentionProcessor
 
     chosen = get_method(method)
-    if not issubclass(chosen.processor, SelfAttentionProcessor):
+    kind = chosen.processor
+    if isinstance(kind, tuple) or not issubclass(kind, SelfAttentionProcessor):
         raise ValueError(
             f"method: {method!r} needs the grid of its tokens from a whole model, which one layer"
             " alone is not; make bench measures it there"

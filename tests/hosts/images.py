@@ -347,6 +347,7 @@ IMAGES = {
             "pos_embed_max_size": 256,
         },
         latents,
+        loud=("to_v", "to_out", "linear_1", "norm1.linear"),
         before=None,  # it has tokens of its own before those of the text
     ),
     "PRXTransformer2DModel": Tiny(

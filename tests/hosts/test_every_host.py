@@ -9,7 +9,7 @@ import torch
 import linfusion
 from linfusion.layers.record import record_of
 from tests.hosts.images import IMAGES
-from tests.hosts.oracle import masked
+from tests.hosts.oracle import windowed
 from tests.hosts.refused import REFUSED
 from tests.hosts.tiny import Random, build, outputs
 from tests.hosts.unets import UNETS
@@ -17,27 +17,32 @@ from tests.hosts.videos import VIDEOS
 
 TAKEN = IMAGES | VIDEOS | UNETS
 RADIUS = 2.3
-METHODS = ("clear",)
+# Method: its options, and the side of the cells that sum up what the window does not see.
+METHODS = {
+    "clear": ({"radius": RADIUS}, 0),
+    "hybrid": ({"window": RADIUS, "cell": 3}, 3),
+}
 
 
 @pytest.mark.parametrize("name", TAKEN)
 def test_a_window_is_softmax_under_a_dense_mask_and_leaves_nothing_behind(name):
     row = TAKEN[name]
+    if row.needs is not None:
+        pytest.importorskip(row.needs)
     model, arguments = build(name, row), row.inputs(Random(0))
     before = outputs(model, arguments)
-    linfusion.linearize(model, "clear", radius=RADIUS)
-    paths = list(record_of(model).layers)
-    got = outputs(model, arguments)
-    linfusion.restore(model)
-    with masked(model, paths, row, RADIUS) as called:
-        expected = outputs(model, arguments)
-    assert set(called) == set(paths)
-    assert (before - expected).abs().max() > 1e-3  # what the test can see
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    for method, (options, cell) in METHODS.items():
+        linfusion.linearize(model, method, **options)
+        paths = list(record_of(model).layers)
+        got = outputs(model, arguments)
+        linfusion.restore(model)
+        with windowed(model, paths, row, RADIUS, cell) as called:
+            expected = outputs(model, arguments)
+        assert set(called) == set(paths)
+        assert (before - expected).abs().max() > 1e-3, method  # what the test can see
+        assert (got - expected).abs().max() < 1e-5, method
     assert torch.equal(outputs(model, arguments), before)
-    assert not any(
-        "Hosted" in type(getattr(m, "processor", None)).__name__ for m in model.modules()
-    )
+    assert not any("Hosted" in type(getattr(m, "processor", 0)).__name__ for m in model.modules())
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -36,6 +36,8 @@ class Tiny:
         moved: name of the argument with the picture or video, in which a test moves one latent.
         levels: whether `grids` are those of the levels of a UNet.
         least: keys of the smallest call that is over pixels.
+        loud: names of further weights to be made large, where attention is a small part.
+        needs: a package that its forward takes, beside those of diffusers.
     """
 
     config: dict[str, Any]
@@ -45,6 +47,8 @@ class Tiny:
     moved: str = "hidden_states"
     levels: bool = False
     least: int = 0
+    loud: tuple[str, ...] = ()
+    needs: str | None = None
 
 
 def build(name: str, row: Tiny, seed: int = 0) -> nn.Module:
@@ -56,10 +60,10 @@ def build(name: str, row: Tiny, seed: int = 0) -> nn.Module:
             norm = any(x in path for x in ("norm_q.", "norm_k.", "q_norm.", "k_norm."))
             norm = norm or any(x in path for x in ("query_norm.", "key_norm.", "norm_added"))
             if norm and path.endswith("weight"):
-                parameter.fill_(2.0)
+                parameter.fill_(1.5)
             elif parameter.ndim > 1 and any(
                 f".{x}." in path
-                for x in ("to_q", "to_k", "to_v", "to_out", "to_qkv", "to_query", "to_key", "qkv")
+                for x in ("to_q", "to_k", "to_qkv", "to_query", "to_key", "qkv", *row.loud)
             ):
                 parameter.normal_(std=0.4)
             elif parameter.ndim > 1 and not parameter.any():

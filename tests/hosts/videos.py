@@ -290,6 +290,7 @@ VIDEOS = {
             "use_crossattn_projection": False,
         },
         cosmos_control,
+        needs="torchvision",
         moved="controls_latents",
         grids=((T, H, W),),
     ),
@@ -456,7 +457,7 @@ VIDEOS = {
             "model_dim": 32,
             "ff_dim": 32,
             "num_text_blocks": 1,
-            "num_visual_blocks": 2,
+            "num_visual_blocks": 1,  # rounds to bfloat16 on the way
             "axes_dims": (4, 6, 6),
         },
         kandinsky5,
@@ -472,7 +473,7 @@ VIDEOS = {
             "model_dim": 32,
             "ff_dim": 32,
             "num_text_blocks": 1,
-            "num_visual_blocks": 2,
+            "num_visual_blocks": 1,  # rounds to bfloat16 on the way
             "axes_dims": (4, 6, 6),
             "visual_cond": False,
             "in_audio_dim": 4,
