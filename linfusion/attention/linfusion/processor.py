@@ -120,8 +120,8 @@ class LinFusionProcessor:
     ) -> Tensor:
         if self._parallel_config is not None:
             raise ValueError(
-                "_parallel_config: LinFusionProcessor does not run under diffusers' context"
-                " parallelism; it would see only its own share of the tokens"
+                "_parallel_config: LinFusionProcessor does not run under diffusers'"
+                " enable_parallelism; call linfusion.parallelize(pipe) instead"
             )
         tokens = (x if context is None else context).shape[1]
         weight = None if attention_mask is None else key_weight(attention_mask, tokens)

@@ -227,8 +227,8 @@ class MATEProcessor:
             )
         if self._parallel_config is not None:
             raise ValueError(
-                "_parallel_config: MATEProcessor does not run under diffusers' context parallelism;"
-                " it would see only its own share of the tokens"
+                "_parallel_config: MATEProcessor does not run under diffusers' enable_parallelism,"
+                " which cuts scans apart; call linfusion.parallelize(pipe) instead"
             )
         joint = video_grid is not None
         if joint != (encoder_hidden_states is not None):

@@ -1,0 +1,194 @@
+"""One picture's or video's tokens over ranks: what attention does that needs those of others.
+
+Processors find a `Shard` in the grid that comes with their arguments and let it do what is beyond
+this rank's tokens. Every rank has whole rows (of every frame, in a video); text is on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linfusion.attention.grids.local import LocalGrid
+from linfusion.kernels import linear_read, linear_state, window_attention
+from linfusion.parallel.ranks import Ranks, Run
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which rows of a grid this rank has.
+
+    Attributes:
+        ranks: that have the others.
+        grid: (h, w) or (t, h, w) of the whole.
+        cuts: where each rank's rows begin, and the end.
+    """
+
+    ranks: Ranks
+    grid: tuple[int, ...]
+    cuts: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole."""
+        return int(torch.Size(self.grid).numel())
+
+    @property
+    def axis(self) -> int:
+        """Which of the grid is that of rows."""
+        return len(self.grid) - 2
+
+    @property
+    def own(self) -> Run:
+        """First and end of this rank's rows."""
+        return self.cuts[self.ranks.rank], self.cuts[self.ranks.rank + 1]
+
+    @property
+    def local(self) -> LocalGrid:
+        """Grid of this rank's tokens."""
+        return LocalGrid(self._with_rows(self.own), self)
+
+    def take(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's tokens of the whole along `dim`."""
+        first, end = self.own
+        parts = x.unflatten(dim, self.grid).narrow(dim + self.axis, first, end - first)
+        return parts.flatten(dim, dim + len(self.grid) - 1)
+
+    def join(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The tokens of all ranks along `dim`, what `take` undoes."""
+        rows = x.unflatten(dim, self._with_rows(self.own))
+        whole = self.ranks.join(rows, dim + self.axis, self.cuts)
+        return whole.flatten(dim, dim + len(self.grid) - 1)
+
+    def extend(self, x: Tensor, wanted: list[Run]) -> tuple[Tensor, tuple[int, ...]]:
+        """Tokens [B, N, ...] with rows of others: those that every rank wants.
+
+        Returns:
+            [B, N', ...] and the grid of these tokens.
+        """
+        rows = x.unflatten(1, self._with_rows(self.own))
+        extended = self.ranks.fetch(rows, 1 + self.axis, self.cuts, wanted)
+        grid = self._with_rows(wanted[self.ranks.rank])
+        return extended.flatten(1, len(self.grid)), grid
+
+    def crop(self, x: Tensor, had: Run) -> Tensor:
+        """Own tokens of [B, N', ...] that has the rows `had`."""
+        first, end = self.own
+        rows = x.unflatten(1, self._with_rows(had))
+        own = rows.narrow(1 + self.axis, first - had[0], end - first)
+        return own.flatten(1, len(self.grid))
+
+    def _with_rows(self, run: Run) -> tuple[int, ...]:
+        return (*self.grid[: self.axis], run[1] - run[0], self.grid[-1])
+
+    # ---- what processors ask for
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Over the tokens of all ranks: [B, N, C] -> [B, 1, C]."""
+        return self.ranks.gather(x.sum(1, keepdim=True)).sum(0) / self.tokens
+
+    def linear_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        feature_map: str = "elu1",
+        normalizer: str = "mean",
+        eps: float = 1e-4,
+    ) -> Tensor:
+        """`linfusion.linear_attention` to the keys of all ranks: one gather of states."""
+        state = self.ranks.merge_states(linear_state(k, v, feature_map=feature_map))
+        out = linear_read(q, state, feature_map=feature_map, normalizer=normalizer, eps=eps)
+        return out.to(v.dtype)
+
+    def around(self, x: Tensor, reach: int, local: Callable[..., Tensor]) -> Tensor:
+        """`local(tokens, grid)` of own tokens, which sees so many rows to either side.
+
+        Args:
+            x: own tokens [B, N, C].
+            reach: rows.
+            local: also run on the rows that were fetched, whose result is dropped.
+        """
+        wanted = self.ranks.reach(self.cuts, reach, reach)
+        extended, grid = self.extend(x, wanted)
+        return self.crop(local(extended, grid), wanted[self.ranks.rank])
+
+    def window_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, radius: float, **options: Any
+    ) -> Tensor:
+        """`linfusion.window_attention` of own queries [B, N, H, D]; windows reach over the cuts.
+
+        Keys and values of `ceil(radius) - 1` rows to either side are fetched in one exchange. The
+        kernel takes as many queries as keys; those of the rows of others are zeros and are dropped.
+        """
+        reach = min(int(-(-radius // 1)) - 1, self.cuts[-1])
+        wanted = self.ranks.reach(self.cuts, reach, reach)
+        kv, grid = self.extend(torch.cat([k, v], -1), wanted)
+        k, v = kv.split(k.shape[-1], -1)
+        had, (first, end) = wanted[self.ranks.rank], self.own
+        if had != (first, end):
+            rows = q.unflatten(1, self._with_rows(self.own)).movedim(1 + self.axis, 0)
+            above = rows.new_zeros(first - had[0], *rows.shape[1:])
+            below = rows.new_zeros(had[1] - end, *rows.shape[1:])
+            rows = torch.cat([above, rows, below]).movedim(0, 1 + self.axis)
+            q = rows.flatten(1, len(self.grid))
+        size: Any = grid
+        out: Tensor = window_attention(q, k, v, grid=size, radius=radius, **options)
+        return self.crop(out, had)
+
+    def softmax(self, q: Tensor, context: Pair, own: Pair, scale: float | None = None) -> Tensor:
+        """Softmax attention of queries that all ranks have, such as those of text.
+
+        Each rank attends to its own tokens, the first also to what all have, and the parts are
+        merged by their sums of exponentials.
+
+        Args:
+            q: [B, T, H, D].
+            context: keys and values that all ranks have, [B, M, H, D].
+            own: this rank's keys and values, [B, N, H, D].
+            scale: of the scores; None is D^-½.
+        """
+        k, v = own
+        if self.ranks.rank == 0:
+            k, v = (torch.cat(pair, 1) for pair in zip(context, own, strict=True))
+        parts = [softmax_parts(some, k, v, scale) for some in q.split(k.shape[1], 1)]
+        out, lse = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        return self.ranks.merge_softmax(out, lse).to(v.dtype)
+
+    def coarser(self, factor: int) -> Shard:
+        """Of the same picture with f by f tokens pooled to one; f divides the cuts."""
+        grid = tuple(n // factor for n in self.grid)
+        return Shard(self.ranks, grid, tuple(cut // factor for cut in self.cuts))
+
+    def gathered(self, k: Tensor, v: Tensor) -> Pair:
+        """Keys and values of all ranks, for layers left softmax (LASP-2H, algorithm 7)."""
+        both = self.join(torch.cat([k, v], -1))
+        k, v = both.split([k.shape[-1], v.shape[-1]], -1)
+        return k, v
+
+
+def softmax_parts(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Pair:
+    """Softmax attention of at most as many queries as keys, and its log-sum-exp.
+
+    As a window that reaches over all of a grid, whose kernel is blocked and gives both.
+    """
+    queries = q.shape[1]
+    rest = (k[:, queries:], v[:, queries:]) if k.shape[1] > queries else None
+    out, lse = window_attention(
+        q,
+        k[:, :queries],
+        v[:, :queries],
+        grid=(1, queries),
+        radius=float("inf"),
+        context=rest,
+        scale=scale,
+        return_lse=True,
+    )
+    return out, lse

@@ -1,0 +1,5 @@
+"""What the server of `pool` imports once for all ranks."""
+
+import linfusion.linearize  # noqa: F401
+import tests.tiny
+import tests.tiny_joint  # noqa: F401
