@@ -41,8 +41,8 @@ def refuse_different(found: list[dict[str, str]]) -> None:
         other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
         if other is not None:
             raise ValueError(
-                f"{name}: ranks 0 and {other} have different ones; all ranks compute one picture and"
-                " have to be called with the same arguments and seed"
+                f"{name}: ranks 0 and {other} have different ones; all ranks compute one picture"
+                " and have to be called with the same arguments and seed"
             )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
 
 from linfusion.kernels.library import LIBRARY
 
@@ -52,6 +52,11 @@ def exchange(x: Tensor, group: str, send: Sequence[int], receive: Sequence[int])
     return out
 
 
+def group_named(name: Any) -> ProcessGroup:
+    """The process group of that name."""
+    return _resolve_process_group(name)
+
+
 def _bytes(x: Tensor) -> Tensor:
     """The memory of a contiguous tensor as [rows, bytes of a row]."""
     rows = x.shape[0]
@@ -62,7 +67,7 @@ def _gather(x: Tensor, group: str, world: int) -> Tensor:
     out = x.new_empty(world, *x.shape)
     if x.numel():
         mine = _bytes(x.contiguous()[None])
-        _ALL_GATHER(_bytes(out).flatten(), mine.flatten(), group=_resolve_process_group(group))
+        _ALL_GATHER(_bytes(out).flatten(), mine.flatten(), group=group_named(group))
     return out
 
 
@@ -75,7 +80,7 @@ def _exchange(x: Tensor, group: str, send: list[int], receive: list[int]) -> Ten
         _bytes(x.contiguous()).flatten(),
         [n * size for n in receive],
         [n * size for n in send],
-        group=_resolve_process_group(group),
+        group=group_named(group),
     )
     return out
 

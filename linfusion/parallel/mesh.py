@@ -10,8 +10,8 @@ from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _resolve_process_group
 
+from linfusion.parallel.collectives import group_named
 from linfusion.parallel.ranks import Ranks
 
 AXES = ("cfg", "sp")
@@ -37,7 +37,7 @@ class Mesh:
         for ranks in (self.sp, self.cfg):
             if ranks.world > 1:
                 parts: list[Any] = [None] * ranks.world
-                dist.all_gather_object(parts, found, group=_resolve_process_group(ranks.group))
+                dist.all_gather_object(parts, found, group=group_named(ranks.group))
                 found = [item for part in parts for item in part]
         return found
 

@@ -1,4 +1,4 @@
-"""Share a model's work among processes, and stop doing so: `parallelize` on, `unparallelize` off."""
+"""Share a model's work among processes, and stop doing so."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def _in_halves(model: Any, mesh: Mesh, run: Callable[..., Any], inputs: dict[str
 
 def _share_pipeline(pipe: Any, mesh: Mesh, done: contextlib.ExitStack) -> None:
     """Its VAE, if of pictures, and its calls: arguments are compared and a seed is agreed on."""
-    vae = getattr(pipe, "vae", None)
+    vae: Any = getattr(pipe, "vae", None)
     if type(vae).__name__ == "AutoencoderKL" and not hasattr(vae, "_hf_hook"):
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         done.callback(pictures.share_coder(vae.decoder, mesh.sp, 1))

@@ -34,7 +34,7 @@ def cut_rows(rows: int, world: int, unit: int = 1) -> tuple[int, ...]:
             f"sp: got {world} ranks for {rows} rows of tokens{together}; accepted are at most"
             f" {units} ranks for this size"
         )
-    return tuple(min(rows, unit * (rank * units // world)) for rank in range(world)) + (rows,)
+    return (*(min(rows, unit * (rank * units // world)) for rank in range(world)), rows)
 
 
 @dataclass(frozen=True)

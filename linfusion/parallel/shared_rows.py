@@ -2,8 +2,8 @@
 
 A node still stands for all rows of a tensor. Of one that is computed whole, each rank computes and
 keeps its own rows; what a pass reads beyond them is fetched first, once, from whichever rank has
-them. Which rows those are follows from the graph, which is the same on all ranks, so sizes are never
-exchanged, and any cut of the rows gives the same result.
+them. Which rows those are follows from the graph, which is the same on all ranks, so sizes are
+never exchanged, and any cut of the rows gives the same result.
 """
 
 from __future__ import annotations

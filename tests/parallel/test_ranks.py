@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -159,8 +161,7 @@ def convolved(ranks, cuts, kernel, stride, pad, dtype):
 
     def sharded(x, weight, bias):
         reads = [
-            (a * stride - pad[0], (b - 1) * stride - pad[0] + kernel)
-            for a, b in zip(out_cuts, out_cuts[1:], strict=False)
+            (a * stride - pad[0], (b - 1) * stride - pad[0] + kernel) for a, b in pairwise(out_cuts)
         ]
         wanted = [
             (min(max(a, 0), c), max(min(b, rows), d))
@@ -302,5 +303,7 @@ def test_the_primitives_compile_without_a_break():
 def test_cuts_keep_units_together_and_refuse_too_many_ranks():
     assert cut_rows(9, 2, 2) == (0, 4, 9)
     assert cut_rows(10, 3) == (0, 3, 6, 10)
-    with pytest.raises(ValueError, match="sp: got 4 ranks for 6 rows .* 2 stay together.* at most"):
+    with pytest.raises(
+        ValueError, match=r"sp: got 4 ranks for 6 rows .* 2 stay together.* at most"
+    ):
         cut_rows(6, 4, 2)
