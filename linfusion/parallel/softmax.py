@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from linfusion.attention.base import Processor, finished, projected_out
 
-class GatheredSoftmaxProcessor:
+
+class GatheredSoftmaxProcessor(Processor):
     """Self-attention of diffusers' `Attention` where each rank has some of the tokens.
 
     Own queries read the keys and values of all ranks, gathered in one buffer (LASP-2H, Sun et al.
@@ -15,8 +17,6 @@ class GatheredSoftmaxProcessor:
     """
 
     takes_grid = True
-    _attention_backend: Any = None
-    _parallel_config: Any = None
 
     def __call__(
         self,
@@ -39,8 +39,6 @@ class GatheredSoftmaxProcessor:
         Raises:
             ValueError: a mask, tokens to attend to, or no grid of one rank.
         """
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
         shard = getattr(grid, "shard", None)
         given = (("encoder_hidden_states", encoder_hidden_states), ("mask", attention_mask))
         wrong = [name for name, value in given if value is not None]
@@ -56,8 +54,4 @@ class GatheredSoftmaxProcessor:
         q = q if attn.norm_q is None else attn.norm_q(q)
         k = k if attn.norm_k is None else attn.norm_k(k)
         k, v = shard.gathered(k, v)
-        out = dispatch_attention_fn(q, k, v, backend=self._attention_backend)
-        out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(q.dtype)))
-        if attn.residual_connection:
-            out = out + residual
-        return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out
+        return finished(attn, projected_out(attn, self.softmax(q, k, v)), residual)
