@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from linfusion.attention.grids.local import LocalGrid
+from linfusion.attention.mate.scan_orders import flatten, unflatten
 from linfusion.kernels import linear_read, linear_state, window_attention
 from linfusion.parallel.ranks import Ranks, Run
+from linfusion.parallel.routes import carry, carry_back, route
+from linfusion.parallel.scan import bidirectional
 
 Pair = tuple[Tensor, Tensor]
 
@@ -166,6 +170,87 @@ class Shard:
         """Of the same picture with f by f tokens pooled to one; f divides the cuts."""
         grid = tuple(n // factor for n in self.grid)
         return Shard(self.ranks, grid, tuple(cut // factor for cut in self.cuts))
+
+    def scan(
+        self,
+        layer: Any,
+        video: Tensor,
+        order: str,
+        review: Tensor | None,
+        review_rows: int,
+        *,
+        lead_first: bool,
+        past: Any = None,
+    ) -> tuple[Tensor, Any]:
+        """A bidirectional Mamba-2 over the tokens of all ranks, in any order.
+
+        Args:
+            layer: the `BiMamba2`.
+            video: own tokens [B, T, h, W, C].
+            order: that they are scanned in, as for `RotaryMajorScan`.
+            review: own review tokens [B, T', h', W', C], scanned first; or None.
+            review_rows: rows that were pooled to one; it divides the cuts.
+            lead_first: whether the backward direction reads the review tokens first, too.
+            past: `Mamba2State` of the tokens before, the same on all ranks.
+
+        Returns:
+            [B, T, h, W, C], and the state after the last token of all, on all ranks.
+        """
+        sequence, grid, cuts = flatten(video, order), None, ()
+        if review is not None:
+            cuts = tuple(-(-cut // review_rows) for cut in self.cuts)
+            grid = (review.shape[1], cuts[-1], review.shape[3])
+            sequence = torch.cat([flatten(review, order), sequence], 1)
+        whole = (video.shape[1], *self.grid[1:])
+        way = route(self.ranks, order, whole, self.cuts, grid, cuts)
+        u = carry(self.ranks, way, sequence)
+        y, state = bidirectional(self.ranks, layer, u, way.lengths, lead_first, past)
+        frames, height, width = video.shape[1:4]
+        y = carry_back(self.ranks, way, y)
+        return unflatten(y, (frames, height, width), order), state
+
+    def whole_windows(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int, outside: int
+    ) -> tuple[Tensor, Tensor, Tensor, int, Callable[[Tensor], Tensor]]:
+        """Own rows with those of others that the same windows contain.
+
+        Queries of others' rows are zeros; what comes of them is dropped.
+
+        Args:
+            q, k, v: [B, T, h, W, ...]; k and v may have more frames.
+            window: rows of one.
+            outside: rows of the first that lie before the grid.
+
+        Returns:
+            All three, how much of their first window lies before them, and what crops a result.
+        """
+        rows = self.cuts[-1]
+        first = window - outside if outside else window
+
+        def begins(row: int) -> int:
+            return 0 if row < first else first + (row - first) // window * window
+
+        def ends(row: int) -> int:  # of the window that the row before is in
+            return min(first if row <= first else begins(row - 1) + window, rows)
+
+        wanted = [(begins(a), ends(b)) for a, b in pairwise(self.cuts)]
+        if rows <= window:  # one window is cut to the grid
+            wanted = [(0, rows)] * self.ranks.world
+        low, high = wanted[self.ranks.rank]
+        start, end = self.own
+        width = k.shape[-1]
+        kv = self.ranks.fetch(torch.cat([k, v], -1), 2, self.cuts, wanted)
+        if (low, high) != (start, end):
+            before, after = (
+                q.new_zeros(*q.shape[:2], n, *q.shape[3:]) for n in (start - low, high - end)
+            )
+            q = torch.cat([before, q, after], 2)
+        k, v = kv.split(width, -1)
+
+        def crop(x: Tensor) -> Tensor:
+            return x.narrow(2, start - low, end - start)
+
+        return q, k, v, outside if low == 0 else 0, crop
 
     def gathered(self, k: Tensor, v: Tensor) -> Pair:
         """Keys and values of all ranks, for layers left softmax (LASP-2H, algorithm 7)."""

@@ -2,4 +2,5 @@
 
 import linfusion.linearize  # noqa: F401
 import tests.tiny
-import tests.tiny_joint  # noqa: F401
+import tests.tiny_joint
+import tests.tiny_video_hosts  # noqa: F401

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from linfusion.linearize import linearize
+from tests import tiny_video_hosts
 from tests.parallel.pool import run
 from tests.parallel.sharing import alone_and_shared
 from tests.tiny_dit import dit_inputs, pixart_inputs, tiny_dit, tiny_pixart
 from tests.tiny_joint import SD35, flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
+from tests.tiny_video_hosts import tiny_cogvideox, tiny_sana, tiny_wan
 
 
 def double(inputs):
-    return {
-        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for k, v in inputs.items()
-    }
+    return tree_map(
+        lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, inputs
+    )
 
 
 def lively(model):
@@ -60,7 +62,35 @@ CASES = {
         ),
         lambda: pixart_inputs(14, 8),
     ),
+    # Windows of 3 rows that odd layers move by one, scans in four orders, review tokens of 2 rows.
+    "wan": (
+        lambda: linearize(tiny_wan(num_layers=4), "mate", window=(2, 3, 2)),
+        lambda: video(tiny_wan(), (3, 8, 3)),
+    ),
+    # Rows of 2 ranks are not even a window, pooling rounds up at the last row.
+    "sana": (
+        lambda: linearize(
+            tiny_sana(),
+            "mate",
+            window=(2, 5, 2),
+            review_placement="front",
+            scan_orders=("wth", "htw", "thw"),
+            share_bc=False,
+            average=True,
+        ),
+        lambda: video(tiny_sana(), (2, 7, 3)),
+    ),
+    "cogvideox": (
+        lambda: linearize(
+            tiny_cogvideox(), "mate", window=(8, 2, 8), review_placement="none", d_conv=6
+        ),
+        lambda: video(tiny_cogvideox(), (1, 5, 2)),
+    ),
 }
+
+
+def video(model, grid):
+    return tiny_video_hosts.inputs(model, grid, batch=1, return_dict=True)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
