@@ -22,7 +22,7 @@ class Host:
     """How the tokens of one kind of model are split.
 
     Attributes:
-        method: that it has to be linearized with, or None for a model of our own.
+        method: that it has to be linearized with.
         shard: (model, inputs, ranks) -> the `Shard` of a call.
         enter: (model, inputs, shard) -> the inputs of the forward on this rank.
         entries: names of modules, and what becomes of their outputs: (output, shard) -> output.
@@ -30,7 +30,7 @@ class Host:
         attach: (model) -> what takes off the further hooks that it puts on.
     """
 
-    method: str | None
+    method: str
     shard: Callable[[Any, dict[str, Any], Ranks], Shard]
     enter: Callable[[Any, dict[str, Any], Shard], dict[str, Any]]
     entries: dict[str, Callable[[Any, Shard], Any]]
@@ -162,6 +162,12 @@ def _after_text(output: Tensor, shard: Shard) -> Tensor:
     """[B, text + N, C]"""
     text, tokens = output.split([output.shape[1] - shard.tokens, shard.tokens], 1)
     return torch.cat([text, shard.take(tokens)], 1)
+
+
+def own_shard(model: Any, ranks: Ranks, grid: tuple[int, ...]) -> Shard:
+    """Of a `LinGenTransformer3DModel`, which asks for it: grid (T, H, W) in tokens."""
+    rows = model.config.review_pool[1] if model.config.review_placement != "none" else 1
+    return Shard(ranks, tuple(grid), cut_rows(grid[1], ranks.world, rows), rows)
 
 
 HOSTS: dict[str, Host] = {

@@ -16,7 +16,9 @@ from linfusion.attention.grids.local import SHARED
 from linfusion.layers.record import record_of
 from linfusion.parallel import pictures, transformers
 from linfusion.parallel.agree import agree, check_inputs
+from linfusion.parallel.hosts import own_shard
 from linfusion.parallel.mesh import Mesh, mesh_of, together
+from linfusion.parallel.shard import Shard
 
 # Whether a pipeline's call, whose arguments were compared, is what calls a model.
 _AGREED: ContextVar[bool] = ContextVar("agreed", default=False)
@@ -29,10 +31,12 @@ class Parallel:
 
     Attributes:
         mesh: its ranks.
+        shard: that a model of our own asks for, of the grid of a call.
         undo: takes everything off; None on the models of a pipeline, which has it.
     """
 
     mesh: Mesh
+    shard: Callable[[tuple[int, ...]], Shard] | None = None
     undo: contextlib.ExitStack | None = None
 
 
@@ -150,7 +154,7 @@ _ORDER = (
 
 
 def _share(model: Any, mesh: Mesh, done: contextlib.ExitStack) -> None:
-    parallel = Parallel(mesh)
+    parallel = Parallel(mesh, functools.partial(own_shard, model, mesh.sp))
     setattr(model, SHARED, parallel)
     done.callback(delattr, model, SHARED)
     around = functools.partial(_around, model, mesh)

@@ -54,15 +54,14 @@ def route(
     review_cuts: tuple[int, ...],
 ) -> Route:
     """The route of a grid (t, h, w) cut by rows, with or without review tokens."""
-    sizes = dict(zip("thw", grid, strict=True))
-    slowest = next((axis for axis in order if sizes[axis] > 1), "h")
+    rows_first = all(_slowest(order, size) == "h" for size in (grid, review) if size is not None)
     own = _positions(order, grid, cuts)
     lead = 0
     if review is not None:
         first = _positions(order, review, review_cuts)
         lead = sum(map(len, first))
         own = [torch.cat([a, b + lead]) for a, b in zip(first, own, strict=True)]
-    if slowest == "h":
+    if rows_first:
         return Route(tuple((int((p < lead).sum()), int((p >= lead).sum())) for p in own))
     total = sum(map(len, own))
     ends = [total * rank // ranks.world for rank in range(ranks.world + 1)]
@@ -85,6 +84,11 @@ def route(
         give=tuple(int((scanned == rank).sum()) for rank in range(ranks.world)),
         take=tuple(_count(tokens, run) for run in chunks),
     )
+
+
+def _slowest(order: str, grid: tuple[int, ...]) -> str:
+    sizes = dict(zip("thw", grid, strict=True))
+    return next((axis for axis in order if sizes[axis] > 1), "h")
 
 
 def _positions(order: str, grid: tuple[int, ...], cuts: tuple[int, ...]) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from linfusion.attention.grids.local import LocalGrid
+from linfusion.attention.mate.layer import LayerState
 from linfusion.attention.mate.scan_orders import flatten, unflatten
 from linfusion.kernels import linear_read, linear_state, window_attention
 from linfusion.parallel.ranks import Ranks, Run
@@ -32,11 +33,13 @@ class Shard:
         ranks: that have the others.
         grid: (h, w) or (t, h, w) of the whole.
         cuts: where each rank's rows begin, and the end.
+        review_rows: rows that a video's review tokens are pooled of, where a state has some.
     """
 
     ranks: Ranks
     grid: tuple[int, ...]
     cuts: tuple[int, ...]
+    review_rows: int = 1
 
     @property
     def tokens(self) -> int:
@@ -90,6 +93,23 @@ class Shard:
 
     def _with_rows(self, run: Run) -> tuple[int, ...]:
         return (*self.grid[: self.axis], run[1] - run[0], self.grid[-1])
+
+    def take_state(self, layer: LayerState) -> LayerState:
+        """This rank's rows of what a layer carries from block to block."""
+        return self._each_row(layer, lambda x, cuts: _narrow(x, cuts, self.ranks.rank))
+
+    def join_state(self, layer: LayerState) -> LayerState:
+        """The rows of all ranks: the state that one process has."""
+        return self._each_row(layer, lambda x, cuts: self.ranks.join(x, 2, cuts))
+
+    def _each_row(
+        self, layer: LayerState, change: Callable[[Tensor, tuple[int, ...]], Tensor]
+    ) -> LayerState:
+        """The halo and review tokens [B, F, H, W, C] changed; scans have one state for all rows."""
+        pooled = tuple(-(-cut // self.review_rows) for cut in self.cuts)
+        halo = None if layer.halo is None else change(layer.halo, self.cuts)
+        review = None if layer.review is None else change(layer.review, pooled)
+        return layer._replace(halo=halo, review=review)
 
     # ---- what processors ask for
 
@@ -257,6 +277,10 @@ class Shard:
         both = self.join(torch.cat([k, v], -1))
         k, v = both.split([k.shape[-1], v.shape[-1]], -1)
         return k, v
+
+
+def _narrow(x: Tensor, cuts: tuple[int, ...], rank: int) -> Tensor:
+    return x.narrow(2, cuts[rank], cuts[rank + 1] - cuts[rank])
 
 
 def softmax_parts(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Pair:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from linfusion.attention import get_method
 from linfusion.layers.record import record_of
+from linfusion.models import LinGenTransformer3DModel
 from linfusion.parallel.hooks import put_around
 from linfusion.parallel.hosts import HOSTS, Host
 from linfusion.parallel.mesh import Mesh
@@ -45,14 +46,14 @@ def check(model: Any, order: str) -> None:
             layers left softmax.
     """
     host, kind = host_of(model), type(model).__name__
-    if host is None:
-        raise ValueError(
-            f"model_or_pipe: {kind} cannot be shared; accepted are UNets of pictures and"
-            f" {', '.join(HOSTS)}"
-        )
-    if host.method is None:
+    if isinstance(model, LinGenTransformer3DModel):
         _check_own(model)
         return
+    if host is None:
+        raise ValueError(
+            f"model_or_pipe: {kind} cannot be shared; accepted are UNets of pictures,"
+            f" LinGenTransformer3DModel and {', '.join(HOSTS)}"
+        )
     record = record_of(model)
     if record is None:
         raise ValueError(order)
@@ -72,7 +73,6 @@ def check(model: Any, order: str) -> None:
 
 def left_softmax(model: Any, host: Host) -> dict[str, Any]:
     """Layers over the tokens of the picture that the method did not take, by path."""
-    assert host.method is not None
     record = record_of(model)
     assert record is not None
     found = get_method(host.method).layers(model)
@@ -108,13 +108,15 @@ def share_model(model: Any, mesh: Mesh, around: Callable[..., Any]) -> Callable[
         mesh: its ranks.
         around: (run, forward, inputs) -> output, what is done around every call.
     """
-    host = host_of(model)
-    assert host is not None
     undo = contextlib.ExitStack()
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    host = host_of(model)
+    if host is None:  # a model of our own, which asks for its shard
+        undo.callback(put_around(model, functools.partial(around, _as_it_is), names))
+        return undo.close
 
     def run(forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
-        if host.method is not None:
-            _check_processors(model, host.method)
+        _check_processors(model, host.method)
         shard = host.shard(model, inputs, mesh.sp)
         with _calling(shard):
             return forward(**host.enter(model, inputs, shard))
@@ -129,9 +131,12 @@ def share_model(model: Any, mesh: Mesh, around: Callable[..., Any]) -> Callable[
         hook = functools.partial(_entered, split)
         undo.callback(model.get_submodule(name).register_forward_hook(hook).remove)
     undo.callback(model.get_submodule(host.exit).register_forward_hook(_left).remove)
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
     undo.callback(put_around(model, functools.partial(around, run), names))
     return undo.close
+
+
+def _as_it_is(forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+    return forward(**inputs)
 
 
 @contextlib.contextmanager
