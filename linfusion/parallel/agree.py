@@ -27,9 +27,11 @@ def agree(mesh: Mesh, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     bound = signature.bind(*args, **kwargs).arguments
     given = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
     seed = int(torch.empty((), dtype=torch.int64).random_())
-    found = mesh.gather(({name: fingerprint(value) for name, value in given.items()}, seed))
+    prints = {name: fingerprint(value) for name, value in given.items() if name != "self"}
+    found = mesh.gather((prints, seed))
     refuse_different([prints for prints, _ in found])
-    if "generator" in signature.parameters and given.get("generator") is None:
+    missing = "generator" in signature.parameters and given.get("generator") is None
+    if missing and not given.get("resume"):  # a video that goes on has its seed
         given["generator"] = torch.Generator("cpu").manual_seed(found[0][1])
     return given
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -218,23 +218,54 @@ def _share_pipeline(pipe: Any, mesh: Mesh, done: contextlib.ExitStack) -> None:
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         done.callback(pictures.share_coder(vae.decoder, mesh.sp, 1))
         done.callback(pictures.share_coder(vae.encoder, mesh.sp, factor))
-    cls = type(pipe)
-
-    @functools.wraps(cls.__call__)
-    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = functools.partial(cls.__call__, self)
-        token = _AGREED.set(True)
-        try:
-            with together(mesh):
-                given = agree(mesh, functools.wraps(cls.__call__)(call), (self, *args), kwargs)
-                return call(**{k: v for k, v in given.items() if k != "self"})
-        finally:
-            _AGREED.reset(token)
-
+    cls: Any = type(pipe)
+    calls: dict[str, Any] = {"__call__": _called(mesh, cls.__call__), "__module__": cls.__module__}
+    if hasattr(cls, "stream"):
+        calls["stream"] = _streamed(mesh, cls.stream)
     # A call is looked up on the class: this object gets one of its own, of the same name.
-    agreeing = type(cls.__name__, (cls,), {"__call__": called, "__module__": cls.__module__})
+    agreeing = type(cls.__name__, (cls,), calls)
     agreeing.__qualname__ = cls.__qualname__
     pipe.__class__ = agreeing
     done.callback(setattr, pipe, "__class__", cls)
     setattr(pipe, SHARED, Parallel(mesh))
     done.callback(pipe.__dict__.pop, SHARED)
+
+
+@contextlib.contextmanager
+def _as_one(mesh: Mesh) -> Iterator[None]:
+    """Within, models are called by what the ranks agreed upon, and fail together."""
+    token = _AGREED.set(True)
+    try:
+        with together(mesh):
+            yield
+    finally:
+        _AGREED.reset(token)
+
+
+def _called(mesh: Mesh, call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _as_one(mesh):
+            return call(**agree(mesh, call, (self, *args), kwargs))
+
+    return called
+
+
+def _streamed(mesh: Mesh, stream: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    @functools.wraps(stream)
+    def streamed(self: Any, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        with _as_one(mesh):
+            found = stream(**agree(mesh, stream, (self, *args), kwargs))
+        return _together_each(mesh, found)
+
+    return streamed
+
+
+def _together_each(mesh: Mesh, found: Iterator[Any]) -> Iterator[Any]:
+    end = object()
+    while True:
+        with _as_one(mesh):
+            item = next(found, end)
+        if item is end:
+            return
+        yield item
