@@ -225,7 +225,7 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
         shard = self.__dict__[SHARED].shard(grid) if SHARED in self.__dict__ else None
         if shard is not None:  # of several ranks, whose rows these are; states are whole on all
             x, positions, grid = shard.take(x), shard.take(positions), shard.local
-            past = [shard.take_state(layer) for layer in past]
+            past = tuple(shard.take_state(layer) for layer in past)
         modulation, embedded = self._timed(timestep, x, grid[0])
         text, mask = self._text(encoder_hidden_states, encoder_attention_mask, x)
 

@@ -155,7 +155,8 @@ def _patches(output: Tensor, shard: Shard) -> Tensor:
 
 
 def _rotary(output: Any, shard: Shard) -> video.VideoRotary:
-    return video.VideoRotary((shard.take(x) for x in output), shard.local)
+    grid: Any = shard.local
+    return video.VideoRotary((shard.take(x) for x in output), grid)
 
 
 def _after_text(output: Tensor, shard: Shard) -> Tensor:

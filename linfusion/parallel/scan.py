@@ -34,7 +34,7 @@ def fold(parts: Tensor, logs: Tensor, order: Sequence[Place], end: int) -> Tenso
         order: the pieces in the order they are scanned.
         end: of those that count; all of them for the state after the last.
     """
-    rank, part = (torch.tensor(places, device=logs.device) for places in zip(*order, strict=True))
+    rank, part = torch.tensor(list(order), device=logs.device).unbind(1)
     lasting = logs[rank, part]  # [pieces, B, H]
     reached = lasting.cumsum(0)
     before = torch.zeros_like(reached[0]) if end == 0 else reached[end - 1]
@@ -68,10 +68,9 @@ def tails_before(
                 found.append((rank, part, reach - back))
     found = found[::-1]
     missing = reach - len(found)
-    places = [(0, 0, 0)] * missing + found
-    rank, part, at = (torch.tensor(p, device=tails.device) for p in zip(*places, strict=True))
+    places = torch.tensor([(0, 0, 0)] * missing + found, device=tails.device)
     there = (torch.arange(reach, device=tails.device) >= missing)[:, None, None]
-    rows = tails.movedim(3, 2)[rank, part, at]  # [taps - 1, B, C]
+    rows = tails.movedim(3, 2)[places.unbind(1)]  # [taps - 1, B, C]
     return (rows * there).movedim(0, 1), len(found)
 
 

@@ -216,7 +216,9 @@ class Shard:
         Returns:
             [B, T, h, W, C], and the state after the last token of all, on all ranks.
         """
-        sequence, grid, cuts = flatten(video, order), None, ()
+        sequence = flatten(video, order)
+        grid: tuple[int, ...] | None = None
+        cuts: tuple[int, ...] = ()
         if review is not None:
             cuts = tuple(-(-cut // review_rows) for cut in self.cuts)
             grid = (review.shape[1], cuts[-1], review.shape[3])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _resolve_process_group
 
+from linfusion.parallel import collectives
 from linfusion.parallel.parallelize import parallelize, unparallelize
 
 
@@ -53,3 +55,26 @@ def alone_and_shared(ranks, model, inputs):
     names = [n for n, g in grads.items() if g.abs().max() > 1e-9]
     errors = [difference(ranks.gather(grads_shared[n]).mean(0), grads[n]) for n in names]
     return difference(out_shared, out), max(errors)
+
+
+@contextlib.contextmanager
+def watched():
+    """Bytes that this rank hands to each collective, in the order of their calls."""
+    sent = []
+    places = ((collectives, "_ALL_GATHER"), (dist, "all_to_all_single"))
+
+    def watch(call):
+        def watching(out, x, *args, **kwargs):
+            sent.append(x.nbytes)
+            return call(out, x, *args, **kwargs)
+
+        return watching
+
+    before = [getattr(home, name) for home, name in places]
+    try:
+        for (home, name), call in zip(places, before, strict=True):
+            setattr(home, name, watch(call))
+        yield sent
+    finally:
+        for (home, name), call in zip(places, before, strict=True):
+            setattr(home, name, call)

@@ -6,13 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from linfusion.kernels import linear_attention, linear_read, linear_state
-from linfusion.parallel import collectives
 from linfusion.parallel.ranks import cut_rows
 from tests.parallel.pool import run
+from tests.parallel.sharing import watched
 
 WORLDS = [1, 2, 3, 4]
 DTYPES = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -115,26 +114,9 @@ def test_a_backward_of_ones_own_chunk_alone_is_seen_to_be_wrong():
 
 def counted(ranks, rows):
     """Bytes that this rank hands to collectives for one layer of linear attention, and back."""
-    sent = []
-    names = ("_ALL_GATHER", "all_to_all_single")
-    homes = (collectives, dist)
-    before = [getattr(home, name) for home, name in zip(homes, names, strict=True)]
-
-    def watch(call):
-        def watched(out, x, *args, **kwargs):
-            sent.append(x.nbytes)
-            return call(out, x, *args, **kwargs)
-
-        return watched
-
-    for home, name, call in zip(homes, names, before, strict=True):
-        setattr(home, name, watch(call))
-    try:
-        q, k, v = (tokens(torch.float32, 1, rows, 2, 4).requires_grad_() for _ in range(3))
+    q, k, v = (tokens(torch.float32, 1, rows, 2, 4).requires_grad_() for _ in range(3))
+    with watched() as sent:
         linear_read(q, ranks.merge_states(linear_state(k, v))).sum().backward()
-    finally:
-        for home, name, call in zip(homes, names, before, strict=True):
-            setattr(home, name, call)
     return sent
 
 
