@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_map
 
 from linfusion.linearize import linearize
+from linfusion.parallel.parallelize import parallelize
 from tests import tiny_video, tiny_video_hosts
 from tests.parallel.pool import run
-from tests.parallel.sharing import alone_and_shared
+from tests.parallel.sharing import alone_and_shared, difference, mesh_over, shared
 from tests.tiny_dit import dit_inputs, pixart_inputs, tiny_dit, tiny_pixart
 from tests.tiny_joint import SD35, flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
 from tests.tiny_video_hosts import tiny_cogvideox, tiny_sana, tiny_wan
@@ -111,3 +113,64 @@ def test_a_shared_transformer_is_the_one_alone(name, world):
     exact = name in ("dit", "pixart", "cogvideox", "lingen")
     for out, grads in run(world, job, name, torch.float64):
         assert out < 1e-10 and grads < (1e-10 if exact else 5e-6)
+
+
+def checkpointed_job(ranks, name):
+    make, inputs = CASES[name]
+    model = lively(make()).double()
+    model.enable_gradient_checkpointing()
+    return alone_and_shared(ranks, model, double(inputs()))
+
+
+@pytest.mark.parametrize("name", ["flux", "sana", "pixart", "lingen"])
+def test_what_checkpointing_computes_again_knows_its_rows(name):
+    for out, grads in run(2, checkpointed_job, name):
+        assert out < 1e-10 and grads < 5e-6
+
+
+def compiled_job(ranks, name):
+    torch.compiler.reset()
+    make, inputs = CASES[name]
+    model = lively(make())
+    given = inputs()
+    with torch.no_grad():
+        alone = model(**given).sample
+        with shared(ranks, model):
+            for block in model.transformer_blocks:
+                block.compile(fullgraph=True, backend="eager")
+            return difference(model(**given).sample, alone)
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart"])
+def test_blocks_of_a_shared_model_compile_whole(name):
+    assert max(run(2, compiled_job, name)) < 2e-5
+
+
+def sharded_job(ranks):
+    """Gradients where FSDP2 has the parameters in pieces over the ranks that share rows."""
+    make, inputs = CASES["pixart"]
+    given = inputs()
+    weight = torch.randn(2, 8, 14, 8, generator=torch.Generator().manual_seed(1))
+    found = []
+    for own in (False, True):
+        model = lively(make())
+        if own:
+            parallelize(model, mesh=mesh_over(ranks))
+            for block in model.transformer_blocks:
+                fully_shard(block, mesh=mesh_over(ranks))
+            fully_shard(model, mesh=mesh_over(ranks))
+        (model(**given).sample * weight).sum().backward()
+        found.append(
+            {
+                n: p.grad.full_tensor() if own else p.grad
+                for n, p in model.named_parameters()
+                if p.grad is not None and p.grad.numel()
+            }
+        )
+    alone, together = found
+    assert alone.keys() == together.keys()
+    return max(difference(together[n], g) for n, g in alone.items() if g.abs().max() > 1e-6)
+
+
+def test_gradients_under_fsdp2_are_those_of_one_process():
+    assert max(run(2, sharded_job)) < 2e-4
