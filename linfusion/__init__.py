@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from linfusion.linearize import linearize, restore
     from linfusion.lit.inherit import inherit
     from linfusion.models import LinGenTransformer3DModel, StreamState
+    from linfusion.parallel.parallelize import parallelize, unparallelize
     from linfusion.pipelines.highres.pipeline import HighResPipeline
     from linfusion.pipelines.lingen.pipeline import LinGenPipeline
     from linfusion.summary import summary
@@ -50,9 +51,11 @@ _HOME = {
     "inherit": "linfusion.lit.inherit",
     "linear_attention": "linfusion.kernels",
     "linearize": "linfusion.linearize",
+    "parallelize": "linfusion.parallel.parallelize",
     "restore": "linfusion.linearize",
     "summary": "linfusion.summary",
     "unfuse": "linfusion.fuse",
+    "unparallelize": "linfusion.parallel.parallelize",
     "window_attention": "linfusion.kernels",
 }
 
@@ -76,9 +79,11 @@ __all__ = [
     "inherit",
     "linear_attention",
     "linearize",
+    "parallelize",
     "restore",
     "summary",
     "unfuse",
+    "unparallelize",
     "window_attention",
 ]
 

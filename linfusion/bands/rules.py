@@ -361,6 +361,8 @@ def _moments(node: Node, groups: int) -> tuple[Tensor, Tensor]:
         mean += delta * (n / total)
         m2 += variance * n + delta.square() * (seen * n / total)
         seen = total
+    if node.engine.share is not None and not node.engine.dry:
+        return node.engine.share.ranks.merge_moments(seen, mean, m2)
     return mean, m2 / max(seen, 1)
 
 

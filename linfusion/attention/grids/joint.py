@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linfusion.attention.grids.local import SHARED
 from linfusion.kernels import TileOrder
 
 HOSTS = ("FluxTransformer2DModel", "FluxControlNetModel", "SD3Transformer2DModel")
@@ -42,10 +43,12 @@ class Grids:
     Attributes:
         sizes: (h, w) of each.
         orders: of the tokens of each, as `window_attention` takes it; None is raster order.
+        shard: where the tokens are those of one of several ranks, `linfusion.parallel.Shard`.
     """
 
     sizes: tuple[tuple[int, int], ...]
     orders: tuple[TileOrder | None, ...]
+    shard: Any = None
 
     @property
     def tokens(self) -> int:
@@ -215,7 +218,8 @@ def _announce(model: Any, grids: Grids) -> Grids:
     """Decide the order of this call's tokens, and tell the first and last layer of it."""
     for factor in getattr(model, _FACTORS):
         refuse_undivided(factor, grids.sizes)
-    if hasattr(model, "proj_out") and not torch.is_grad_enabled():
+    shared = hasattr(model, SHARED)  # by rows, and a rank's tiles are not those of the picture
+    if hasattr(model, "proj_out") and not torch.is_grad_enabled() and not shared:
         grids = replace(grids, orders=tuple(TileOrder(size) for size in grids.sizes))
     setattr(model.pos_embed, _PENDING, grids)
     if hasattr(model, "proj_out"):
