@@ -110,10 +110,13 @@ def _inside(node: Node, start: int, stop: int) -> tuple[int, int]:
 
 
 def _getitem(func: Any, x: Rows, index: Any) -> Any:
-    """A run of tokens."""
+    """A run of tokens, or a part of the batch or of the channels."""
     node = x.node
     places = index if isinstance(index, tuple) else (index,)
     full = slice(None)
+    slices = all(isinstance(p, slice) for p in places) and len(places) <= len(node.shape)
+    if slices and (len(places) <= node.axis or places[node.axis] == full):
+        return map_rows(lambda t: t[places], (x,), axis=node.axis)
     if node.line != 1 or len(places) != node.axis + 1 or any(p != full for p in places[:-1]):
         return NotImplemented
     if not isinstance(places[-1], slice) or places[-1].step not in (None, 1):

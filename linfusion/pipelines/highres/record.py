@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linfusion._version import __version__
+from linfusion.bands.hosts import unwrapped
 from linfusion.layers.record import record_of
 from linfusion.pipelines.highres.hosts import denoiser, is_transformer
 from linfusion.pipelines.highres.stages import Job
@@ -63,6 +64,7 @@ def fingerprint(pipe: Any) -> dict[str, str]:
     """A digest of each part of a pipeline: configuration, processors, samples of all weights."""
     found = {}
     for name, part in pipe.components.items():
+        part = unwrapped(part)
         if part is None or isinstance(part, (str, bool, tuple)):
             continue
         digest = hashlib.sha256(type(part).__name__.encode())
