@@ -144,7 +144,7 @@ def _on_whole_tokens(call: Callable[..., Any], x: Any, *rest: Any) -> Any:
     node, engine = x.node, x.node.engine
     tokens = engine.whole(x)
     with engine.store.beside(tokens.nbytes):
-        out = torch.empty_like(tokens) if engine.dry else call(tokens, *rest)
+        out = call(tokens, *rest) if not engine.dry else hollow(node.shape, node.dtype, node.device)
         engine.flops += 2 * tokens.numel() * 4 * tokens.shape[-1]  # queries, keys, values, output
         return Rows(Node.leaf(engine, engine.store.adopt(out, node.axis, node.line)))
 
@@ -243,8 +243,8 @@ def _refuse_unbandable(model: Any) -> None:
             )
         if getattr(part, "b1", None) is not None and getattr(part, "s1", None) is not None:
             raise ValueError(
-                f"target: {type(model).__name__} has FreeU on, which needs whole feature maps;"
-                " call disable_freeu() first, or run without a budget"
+                f"target: {type(model).__name__} has FreeU on, which needs whole feature maps; a"
+                " run without a budget takes it, a plan or a budget after disable_freeu()"
             )
     for name, processor in model.attn_processors.items():
         if "Sliced" in type(processor).__name__:

@@ -66,7 +66,7 @@ def _moments(node: Node, groups: int) -> tuple[Tensor, Tensor]:
     seen = 0
     for _, _, (band,) in node.engine.passes(node):
         parts = band.to(work).unflatten(1, (groups, -1))
-        band_variance, band_mean = torch.var_mean(parts, (2, 3, 4), correction=0)
+        band_variance, band_mean = torch.var_mean(parts, tuple(range(2, parts.ndim)), correction=0)
         seen += (size := band[0].numel())
         share = size / seen
         delta = band_mean - mean

@@ -374,6 +374,7 @@ def _without_values(node: Node, made: Any) -> Any:
     """What a dry run goes on with: Rows where the shape is that of `node`, else zeros."""
     if not isinstance(made, Tensor):
         return made
-    if made.shape == torch.Size(node.shape):
-        return Rows(Node.leaf(node.engine, node.engine.store.adopt(made, node.axis, node.line)))
-    return hollow(made.shape, made.dtype, node.device)
+    zeros = hollow(made.shape, made.dtype, node.device)
+    if made.shape != torch.Size(node.shape):
+        return zeros
+    return Rows(Node.leaf(node.engine, node.engine.store.adopt(zeros, node.axis, node.line)))

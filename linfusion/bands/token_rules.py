@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linfusion.bands.hollow import hollow
 from linfusion.bands.rows import RULES, Node, Rows, map_rows
 
 
@@ -166,16 +167,12 @@ def _index_select(func: Any, x: Rows, dim: int, index: Tensor) -> Any:
     if dim % len(x.node.shape) != x.node.axis or x.node.line != 1:
         return NotImplemented
     source, engine = held(x), x.node.engine
-    moved = _moved(source, dim, index)
+    if engine.dry:
+        shape = [len(index) if i == x.node.axis else n for i, n in enumerate(source.shape)]
+        moved = hollow(shape, source.dtype, x.node.device)
+    else:
+        moved = source.index_select(dim, index)
     return Rows(Node.leaf(engine, engine.store.adopt(moved, x.node.axis, 1)))
-
-
-def _moved(source: Tensor, dim: int, index: Tensor) -> Tensor:
-    if source.is_meta:
-        shape = list(source.shape)
-        shape[dim] = len(index)
-        return source.new_empty(shape)
-    return source.index_select(dim, index)
 
 
 RULES.update(

@@ -121,12 +121,11 @@ def test_scratch_takes_what_lies_idle(tmp_path):
 
 def test_a_failing_block_leaves_the_model_as_it_was():
     model = make("flux", WINDOWS["windows"])
-    before = [set(vars(module)) for module in model.modules()]
     model.single_transformer_blocks[0].proj_out.forward = lambda x: 1 / 0
     with pytest.raises(ZeroDivisionError), bounded(model):
         forward(model, flux_inputs())
     del model.single_transformer_blocks[0].proj_out.forward
-    assert [set(vars(module)) for module in model.modules()] == before
+    assert not any("_compiled_call_impl" in module.__dict__ for module in model.modules())
 
 
 def test_window_attention_asks_tensors_that_know_better():

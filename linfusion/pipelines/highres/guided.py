@@ -67,7 +67,8 @@ class Dilated(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.conv2d and max(args[1].shape[2:]) > 1:
             return self._conv2d(*args, **kwargs)
-        if func is F.pad and len(args) > 2 and args[2] != "constant":  # what a padding_mode does
+        # What a convolution with a padding_mode does first.
+        if func is F.pad and kwargs.get("mode", "constant") != "constant":
             return F.pad(args[0], [p * self.ratio for p in args[1]], *args[2:], **kwargs)
         return func(*args, **kwargs)
 

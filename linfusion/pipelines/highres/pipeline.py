@@ -192,7 +192,8 @@ class HighResPipeline:
                 forecast(self.pipe, self.sibling, job, self.memory_budget, self.scratch)
             check_disk(self.pipe, job, state)
             about = about_run(self.pipe, job, generator)
-            kept = State(state, what_decides(self.pipe, job, generator, about), resume=resume)
+            decisive = {} if state is None else what_decides(self.pipe, job, generator, about)
+            kept = State(state, decisive, resume=resume)
             tensors = list(callback_on_step_end_tensor_inputs)
             with progress(self.pipe, job) as bar:
                 latents, stopped = self._latents(
