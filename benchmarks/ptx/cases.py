@@ -90,6 +90,7 @@ def linear(
 ) -> list[Comparison]:
     """Linear attention, forward and backward; `packed`: q, k, v are parts of one tensor."""
     from linfusion.kernels.linear_attention import reference, triton
+    from linfusion.kernels.linear_attention.common import Choices
 
     draw = Draw(dtype)
     if packed:
@@ -102,20 +103,19 @@ def linear(
     if weighted:
         weight = draw.uniform(batch, keys) * (draw.uniform(batch, keys) > 0.3)
     do = draw(batch, queries, heads, dv or d)
+    choices = Choices(phi, normalizer, 1e-4)
     state = triton.state_forward(k, v, weight, phi, target=target)
-    o = triton.read_forward(q, *state[:2], phi, normalizer, 1e-4, state[2], v.dtype, target=target)
-    gradients = triton.attention_backward(
-        do, q, k, v, weight, *state, phi, normalizer, 1e-4, target=target
-    )
+    o = triton.read_forward(q, state, choices, v.dtype, target=target)
+    gradients = triton.attention_backward(do, q, k, v, weight, state, choices, target=target)
 
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
     exact = reference.state_forward(k, v, None if weight is None else weight.double(), phi)
-    want = reference.read_forward(q, *exact[:2], phi, normalizer, 1e-4, exact[2], torch.float64)
+    want = reference.read_forward(q, exact, choices, torch.float64)
     wanted = torch.autograd.grad(want, (q, k, v), do.double())
     tolerance = _TOLERANCE[dtype]
     found = [
-        compare("kv", state[0], exact[0], tolerance),
-        compare("k_mean", state[1], exact[1], max(tolerance, 1e-5)),
+        compare("kv", state.kv, exact.kv, tolerance),
+        compare("k_mean", state.k_mean, exact.k_mean, max(tolerance, 1e-5)),
         compare("o", o, want, tolerance),
     ]
     for name, x, y in zip(("dq", "dk", "dv"), gradients, wanted, strict=True):
@@ -129,18 +129,15 @@ def strided(
 ) -> list[Comparison]:
     """Linear attention, forward, of tensors that lie in memory as `lay` has them."""
     from linfusion.kernels.linear_attention import reference, triton
+    from linfusion.kernels.linear_attention.common import Choices
 
     q, k, v = lay(Draw(dtype))
+    choices, tolerance = Choices("elu1", "mean", 1e-4), _TOLERANCE[dtype]
     state = triton.state_forward(k, v, None, "elu1", target=target)
-    o = triton.read_forward(q, *state[:2], "elu1", "mean", 1e-4, state[2], dtype, target=target)
-    kv, k_mean, count = reference.state_forward(k.double(), v.double(), None, "elu1")
-    want = reference.read_forward(
-        q.double(), kv, k_mean, "elu1", "mean", 1e-4, count, torch.float64
-    )
-    return [
-        compare("kv", state[0], kv, _TOLERANCE[dtype]),
-        compare("o", o, want, _TOLERANCE[dtype]),
-    ]
+    o = triton.read_forward(q, state, choices, dtype, target=target)
+    exact = reference.state_forward(k.double(), v.double(), None, "elu1")
+    want = reference.read_forward(q.double(), exact, choices, torch.float64)
+    return [compare("kv", state.kv, exact.kv, tolerance), compare("o", o, want, tolerance)]
 
 
 def _two_bytes_off(draw: Draw) -> list[Tensor]:
@@ -238,28 +235,22 @@ def scan(
     extras: bool = True,
     batch: int = 1,
 ) -> list[Comparison]:
-    """The state-space scan, forward and backward; `extras`: skip, first state and segments."""
+    """The state-space scan, forward and backward; `extras`: skip and first state."""
     from linfusion.kernels.ssd import reference, triton
+    from linfusion.kernels.ssd.common import Choices
 
     x, dt, a, b, c, draw = _of_scan(dtype, length, heads, groups, channels, features, batch)
     plain = Draw(f32)
     skip = plain(batch, heads, channels) if extras else None
     first = plain(batch, heads, channels, features) if extras else None
-    segments = None
-    if extras:
-        later = (torch.arange(length) > length // 3).int()
-        segments = (1 - later if reverse else later).expand(batch, -1).contiguous()
-    y, final, kept = triton.scan(
-        x, dt, a, b, c, skip, first, segments, chunk, reverse, target=target
-    )
+    choices = Choices(chunk, reverse)
+    y, final, kept = triton.scan(x, dt, a, b, c, skip, first, choices, target=target)
     dy, dfinal = draw(*y.shape), plain(*final.shape)
-    gradients = triton.scan_backward(
-        dy, dfinal, x, dt, a, b, c, skip, segments, kept, chunk, reverse, target=target
-    )
+    gradients = triton.scan_backward(dy, dfinal, x, dt, a, b, c, skip, kept, choices, target=target)
     leaves = [
         None if t is None else t.double().requires_grad_() for t in (x, dt, a, b, c, skip, first)
     ]
-    want, want_final = reference.scan(*leaves, segments, reverse)
+    want, want_final = reference.scan(*leaves, choices)
     wanted = torch.autograd.grad(
         [want, want_final], [t for t in leaves if t is not None], [dy.double(), dfinal.double()]
     )
@@ -273,32 +264,6 @@ def scan(
             for name, got, exact in zip(names, gradients, wanted, strict=False)
         ),
     ]
-
-
-def scan_both_ways(
-    target: Target,
-    dtype: torch.dtype,
-    length: int,
-    heads: int,
-    groups: int,
-    channels: int,
-    features: int,
-    chunk: int,
-) -> list[Comparison]:
-    """The sum of a scan forward and one backward, with steps of its own each."""
-    from linfusion.kernels.ssd import reference
-    from linfusion.kernels.ssd.bidirectional import triton
-
-    x, dt, a, b, c, draw = _of_scan(dtype, length, heads, groups, channels, features, 1)
-    steps = torch.stack([dt, 0.2 * draw.uniform(*dt.shape)], -1)
-    decays = torch.stack([a, a.flip(1)], -1)
-    skip = Draw(f32)(1, heads, channels)
-    y, _ = triton.scan(x, steps, decays, b, c, skip, chunk, target=target)
-    x, b, c = x.double(), b.double(), c.double()
-    one, other = ((steps[..., i].double(), decays[..., i].double()) for i in range(2))
-    want = reference.scan(x, *one, b, c, skip.double(), None, None, False)[0]
-    want = want + reference.scan(x, *other, b, c, None, None, None, True)[0]
-    return [compare("y", y, want, _TOLERANCE[dtype])]
 
 
 def _of_scan(
@@ -365,5 +330,4 @@ CASES: dict[str, Case] = {
     "scan bf16 128×128": _case(scan, bf16, 140, 1, 1, 128, 128, 128),
     "scan f32 128×128": _case(scan, f32, 50, 1, 1, 128, 128, 64),
     "scan 8 heads, splits": _case(scan, bf16, 70, 8, 1, 32, 32, 64, extras=False),
-    "scan both ways bf16 64×64": _case(scan_both_ways, bf16, 300, 2, 1, 64, 64, 128),
 }

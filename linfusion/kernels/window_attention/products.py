@@ -128,4 +128,6 @@ def _divided(o: Tensor, sums: Tensor) -> tuple[Tensor, Tensor] | None:
     low, high = (x.item() for x in sums.aminmax())
     if not (least < low and high < most):  # nor if one is NaN
         return None
-    return o.float().div_(sums[..., None]), sums.log_()
+    o = o.float().div_(sums[..., None])
+    # A value that is not finite, times a weight of 0, reaches tokens that do not see it.
+    return (o, sums.log_()) if math.isfinite(o.sum()) else None
