@@ -29,8 +29,9 @@ class Processor:
         """
         if self._parallel_config is not None:
             raise ValueError(
-                f"_parallel_config: {type(self).__name__} does not run under diffusers' context"
-                " parallelism; it would see only its own share of the tokens"
+                f"_parallel_config: {type(self).__name__} does not run under diffusers'"
+                " enable_parallelism, where it would see only its own share of the tokens; call"
+                " linfusion.parallelize(pipe) instead"
             )
 
     def refuse_mask(self, attention_mask: Tensor | None, why: str) -> None:

@@ -86,11 +86,19 @@ class CLEARProcessor(Processor):
             k, v = torch.cat([text_k, k], 1), torch.cat([text_v, v], 1)
         else:
             text_q, q = q[:, :text], q[:, text:]
-        scale = child.window.scale(k.shape[1], k.shape[3])
+        shard = grids.shard
+        tokens = k.shape[1] if shard is None else text + shard.tokens
+        scale = child.window.scale(tokens, k.shape[3])
         image_out = _image(child, grids, q, k, v, scale)
         # The text that the last block of Stable Diffusion 3 returns is not read.
         unread = joint and attn.context_pre_only
-        text_out = text_q if unread or text == 0 else self.softmax(text_q, k, v, scale=scale)
+        text_out = text_q
+        if text and not unread:
+            if shard is None:
+                text_out = self.softmax(text_q, k, v, scale=scale)
+            else:
+                seen = (k[:, :text], v[:, :text]), (k[:, text:], v[:, text:])
+                text_out = shard.softmax(text_q, *seen, scale)
         if not joint:
             out = image_out if text == 0 else torch.cat([text_out, image_out], 1)
             return _projected_out(attn, out.flatten(2))
@@ -120,18 +128,16 @@ def _image(
         if child.pool is not None:
             cells = (own_k, own_v) if order is None else (order.undo(own_k), order.undo(own_v))
             pooled = child.pool(cells[0], size), child.pool(cells[1], size)
-        seen: Any = window_attention(
-            q[:, start - text : end - text],
-            own_k,
-            own_v,
-            grid=size,
-            radius=child.window.radius,
-            context=context,
-            pooled=pooled,
-            scale=scale,
-            order=order,
-        )
-        out.append(seen)
+        seen: Any = {"radius": child.window.radius, "context": context, "scale": scale}
+        own_q = q[:, start - text : end - text]
+        if grids.shard is not None:
+            if pooled is not None:
+                factor = child.window.down_factor
+                seen["pooled"] = grids.shard.coarser(factor).gathered(*pooled)
+            out.append(grids.shard.window_attention(own_q, own_k, own_v, **seen))
+        else:
+            seen |= {"pooled": pooled, "grid": size, "order": order}
+            out.append(window_attention(own_q, own_k, own_v, **seen))
         start = end
     return out[0] if len(out) == 1 else torch.cat(out, 1)
 

@@ -93,7 +93,7 @@ class FusedLayer(nn.Module):
         """[B, N, C] -> [B, N, C], the output projection and its bias included."""
         if autocasts(x):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if x.device.type != "cpu":
+        if not _is_cpu(x):
             # No cache to stay in, and folding W_O would move more bytes than it saves.
             q, k, v = (self._split(t) for t in self._project(x))
             o = linear_attention(q, k, v, eps=_EPS, key_weight=key_weight)
@@ -189,6 +189,10 @@ def _added(weight: Tensor) -> AddedLinear:
 def _narrow(x: Tensor, key_weight: Tensor | None) -> bool:
     """Whether the kernels of `blocked_bf16` serve; what they read is cheaper not folded."""
     return _plain(x, torch.bfloat16) and key_weight is None and blocked_bf16.BF16_PRODUCTS
+
+
+def _is_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def _plain(x: Tensor, dtype: torch.dtype) -> bool:

@@ -253,7 +253,7 @@ def _tiles(
     width = max(x.shape[3] for x, _ in sources if x.dim() == 4)
     together = plan(grid, radius, first.shape[2], width, tile)
     for b, heads, block in blocks_of(grid, radius, first.shape[0], first.shape[2], together):
-        part = Part(grid, heads, tiled, first.device)
+        part = Part(grid, heads, tiled, first)
         read = []
         for x, kind in sources:
             where = block.queries if kind == "q" else block.keys

@@ -6,6 +6,7 @@ Features have up to 128 columns here, which `hybrid_attention` sees to.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ from linfusion.kernels.hybrid_attention.triton_window import (
     hybrid_sum_bwd_q,
     hybrid_sum_fwd,
 )
-from linfusion.kernels.launch import Launch, Target, named, rows, strides_of, target_of
-from linfusion.kernels.window_attention.triton.configs import Step, pieces
+from linfusion.kernels.launch import Launch, Target, rows, target_of
+from linfusion.kernels.window_attention.triton.configs import pieces
 from linfusion.kernels.window_attention.triton.launch import (
+    Layouts,
+    Plan,
     dots,
+    layouts,
     start,
     step_of,
+    strided,
     window_arguments,
 )
 
@@ -48,14 +53,12 @@ def window_sum(
     """As of `blocked`, float32."""
     target = target or target_of(v)
     phi_q, phi_k, v = rows(phi_q), rows(phi_k), rows(v)
-    batch, _, heads, _ = v.shape
     num = torch.empty(v.shape, dtype=torch.float32, device=v.device)
     den = torch.empty(v.shape[:3], dtype=torch.float32, device=v.device)
-    step = step_of(target, "fwd", max(phi_q.shape[3], v.shape[3]), v)
+    choices = (grid, radius, shape, scale, tiled)
+    plan = _plan(target, "fwd", v.dtype, v.device, choices, layouts(q=phi_q, k=phi_k, v=v))
     args = {"Q": phi_q, "K": phi_k, "V": v, "NUM": num, "DEN": den}
-    args |= _sizes(("q", phi_q), ("k", phi_k), ("v", v), step=step, target=target, scale=scale)
-    tiles, window = window_arguments(grid, radius, shape, tiled, v)
-    start(target, hybrid_sum_fwd, batch * heads * tiles * (64 // step.held), step, args | window)
+    start(target, hybrid_sum_fwd, plan.programs, plan, args | plan.fixed)
     return num, den
 
 
@@ -77,21 +80,16 @@ def window_sum_backward(
     target = target or target_of(v)
     phi_q, phi_k, v = rows(phi_q), rows(phi_k), rows(v)
     dnum, dden = dnum.contiguous(), dden.contiguous()
-    batch, _, heads, _ = v.shape
-    width = max(phi_q.shape[3], v.shape[3])
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (phi_q, phi_k, v))
-    tiles, window = window_arguments(grid, radius, shape, tiled, v)
+    choices = (grid, radius, shape, scale, tiled)
     given = {"K": phi_k, "V": v, "DNUM": dnum, "DDEN": dden}
+    plan = _plan(target, "bwd_q", v.dtype, v.device, choices, layouts(k=phi_k, v=v))
+    start(target, hybrid_sum_bwd_q, plan.programs, plan, given | {"DQ": dq} | plan.fixed)
 
-    step = step_of(target, "bwd_q", width, v)
-    args = given | {"DQ": dq}
-    args |= _sizes(("k", phi_k), ("v", v), step=step, target=target, scale=scale)
-    start(target, hybrid_sum_bwd_q, batch * heads * tiles * (64 // step.held), step, args | window)
-
-    step = step_of(target, "bwd_kv", width, v)
+    where = layouts(q=phi_q, k=phi_k, v=v)
+    plan = _plan(target, "bwd_kv", v.dtype, v.device, choices, where)
     args = given | {"Q": phi_q, "DK": dk, "DV": dv}
-    args |= _sizes(("q", phi_q), ("k", phi_k), ("v", v), step=step, target=target, scale=scale)
-    start(target, hybrid_sum_bwd_kv, batch * heads * tiles * (64 // step.held), step, args | window)
+    start(target, hybrid_sum_bwd_kv, plan.programs, plan, args | plan.fixed)
     return dq, dk, dv
 
 
@@ -116,30 +114,43 @@ def join(
     o, lse, kv, k_mean, log_weight, num, den = (
         x.contiguous() for x in (o, lse, kv, k_mean, log_weight, num, den)
     )
-    batch, tokens, heads, d = o.shape
     joined, total = torch.empty_like(o), torch.empty_like(lse)
-    align, strides = strides_of(phi_q, rotated_q)
-    step = step_of(target, "fwd", d, o)._replace(held=JOINED, stages=1)
     args: dict[str, Any] = {"NEAR": o, "LSE": lse, "PHI": phi_q, "ROTATED": rotated_q, "KV": kv}
     args |= {"K_MEAN": k_mean, "WEIGHT": log_weight, "NUM": num, "DEN": den, "OUT": joined}
-    args |= {"TOTAL": total, "tokens": tokens, "heads": heads, "F": phi_q.shape[3], "BF": READ}
-    for name, stride in zip(("p", "r"), strides, strict=True):
-        args |= named(name, stride)
-    args |= dots(d, step, align, target, o)
-    args |= {"EXCLUDED": num.shape[1] > 0, "SAME": same}
-    start(target, hybrid_join_fwd, batch * heads * triton.cdiv(tokens, JOINED), step, args)
+    args |= {"TOTAL": total, "EXCLUDED": num.shape[1] > 0, "SAME": same}
+    plan = _join_plan(target, o.dtype, o.shape[3], layouts(p=phi_q, r=rotated_q))
+    start(target, hybrid_join_fwd, plan.programs, plan, args | plan.fixed)
     return joined, total
 
 
-def _sizes(
-    *tensors: tuple[str, Tensor], step: Step, target: Target, scale: float
-) -> dict[str, Any]:
-    """Strides by name, columns in pieces, and what the products are taken in."""
-    align, strides = strides_of(*(x for _, x in tensors))
-    sides = {name: x.shape[3] for name, x in tensors}
-    args: dict[str, Any] = {"heads": tensors[0][1].shape[2], "scale": float(scale)}
-    for (name, _), stride in zip(tensors, strides, strict=True):
-        args |= named(name, stride)
-    args |= dots(sides["v"], step, align, target, dict(tensors)["v"])
-    first, second = pieces(sides["k"], step.columns)
-    return args | {"F": sides["k"], "FA": first, "FB": second}
+@lru_cache(maxsize=256)
+def _plan(
+    target: Target,
+    kernel: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    choices: tuple[tuple[int, ...], float, str, float, bool],
+    where: Layouts,
+) -> Plan:
+    """The plan of a sum over windows, for the tensors of those layouts: values last."""
+    grid, radius, shape, scale, tiled = choices
+    features, (batch, _, heads, d) = where[0][1][3], where[-1][1]
+    step = step_of(target, kernel, max(features, d), dtype)
+    args: dict[str, Any] = {"heads": heads, "scale": float(scale), "F": features}
+    align, strides = strided(where)
+    args |= strides
+    args["FA"], args["FB"] = pieces(features, step.columns)
+    tiles, window = window_arguments(grid, radius, shape, tiled, device)
+    args |= dots(d, step, align, target, dtype)
+    return Plan(batch * heads * tiles * (64 // step.held), step, args | window, {})
+
+
+@lru_cache(maxsize=256)
+def _join_plan(target: Target, dtype: torch.dtype, d: int, where: Layouts) -> Plan:
+    batch, tokens, heads, features = where[0][1]
+    step = step_of(target, "fwd", d, dtype)._replace(held=JOINED, stages=1)
+    align, strides = strided(where)
+    args: dict[str, Any] = {"tokens": tokens, "heads": heads, "F": features, "BF": READ}
+    args |= strides
+    args |= dots(d, step, align, target, dtype)
+    return Plan(batch * heads * triton.cdiv(tokens, JOINED), step, args, {})

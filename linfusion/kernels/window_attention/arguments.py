@@ -31,9 +31,10 @@ def check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
 def check_alike(x: Tensor, name: str, q: Tensor) -> None:
     """Raise ValueError where x has another device or dtype than q."""
     check_device(x, name, q, "q")
+    if x.dtype == q.dtype:
+        return
     # Autocast brings everything but float64 to one dtype.
-    cast = torch.float64 not in (x.dtype, q.dtype) and _autocasts(q)
-    if x.dtype != q.dtype and not cast:
+    if torch.float64 in (x.dtype, q.dtype) or not _autocasts(q):
         raise ValueError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
 
 

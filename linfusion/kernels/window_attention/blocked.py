@@ -68,7 +68,7 @@ def attention(
     sizes = (together.queries, together.keys, together.keys)
     scratch = [torch.empty(size, dtype=dtype, device=q.device) for size in sizes]
     for b, heads, block in blocks_of(grid, radius, batch, count, together):
-        part = Part(grid, heads, tiled, q.device)
+        part = Part(grid, heads, tiled, q)
         where = (block.queries, block.keys, block.keys)
         q_b, k_b, v_b = (
             part.read(x[b], at, into) for x, at, into in zip((q, k, v), where, scratch, strict=True)
@@ -142,7 +142,8 @@ def attend_around(
         if math.isfinite(found[0].sum()):
             return found
     lost = ~(k.isfinite() & v.isfinite()).all(-1)  # [A, B, K]
-    o, lse = attend(q, *(x.masked_fill(lost[..., None], 0) for x in (k, v)), bias, scale)
+    k, v = (x.masked_fill(lost[..., None], 0) for x in (k, v))
+    o, lse = attend(q, k, v, bias, scale)
     reached = lost.to(bias.dtype) @ (bias > UNSEEN).to(bias.dtype).mT > 0  # [A, B, q]
     nan = float("nan")
     return o.masked_fill(reached[..., None], nan), lse.masked_fill(reached, nan)

@@ -100,7 +100,7 @@ def attention_backward(
     spare = [torch.empty(together.queries, dtype=dtype, device=q.device) for _ in range(5)]
     spare += [torch.empty(together.keys, dtype=dtype, device=q.device) for _ in range(2)]
     for b, heads, block in blocks_of(grid, radius, batch, count, together):
-        part = Part(grid, heads, tiled, q.device)
+        part = Part(grid, heads, tiled, q)
         rows = [
             part.read(x[b], block.queries, into)
             for x, into in zip((q, do, o, lse, dlse), spare[:5], strict=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -243,11 +242,9 @@ class Masks:
 class Part:
     """Some heads of [N, H, ...], N tokens of a grid in raster or tile order."""
 
-    def __init__(
-        self, grid: tuple[int, ...], heads: slice, tiled: bool, device: torch.device
-    ) -> None:
+    def __init__(self, grid: tuple[int, ...], heads: slice, tiled: bool, like: Tensor) -> None:
         self.grid, self.heads = grid, heads
-        self.places = _places(grid, device) if tiled else None
+        self.places = place_of(grid, like).view(grid) if tiled else None
 
     def read(self, x: Tensor, where: tuple[slice, ...], scratch: Tensor) -> Tensor:
         """[h, *where, ...], contiguous, in a flat buffer that is long enough, in its dtype."""
@@ -281,11 +278,6 @@ class Part:
             x.unflatten(0, self.grid)[where].add_(values)
         else:
             x.index_add_(0, self.places[where].flatten(), values.flatten(0, axes - 1))
-
-
-@lru_cache(maxsize=4)
-def _places(grid: tuple[int, ...], device: torch.device) -> Tensor:
-    return place_of(grid, device).view(grid)
 
 
 def tiles(x: Tensor, first: int, rows: int, group: Group, lanes: int = 1) -> Tensor:
@@ -322,13 +314,13 @@ def dense_bias(
         return None
     at = coordinates(grid, q.device)
     if tiled:
-        at = [x[raster_of(grid, q.device)] for x in at]
+        at = [x[raster_of(grid, q)] for x in at]
     seen = window([x[:, None] - x[None, :] for x in at], radius, shape)
     bias = torch.zeros(len(seen), always + len(seen), dtype=accumulator(q), device=q.device)
     bias[:, always:].masked_fill_(~seen, float("-inf"))
     if cells:
         counted = count_bias(grid, cells, radius, shape, always, q)
-        bias[:, :always] = counted[raster_of(grid, q.device)] if tiled else counted
+        bias[:, :always] = counted[raster_of(grid, q)] if tiled else counted
     return bias
 
 

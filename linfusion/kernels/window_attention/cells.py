@@ -93,6 +93,7 @@ def log_counts(
 
 
 @cache
+@torch.inference_mode(False)
 def counts(
     grid: tuple[int, ...],
     cells: tuple[int, ...],

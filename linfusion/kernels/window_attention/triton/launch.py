@@ -11,7 +11,8 @@ contiguous is copied once.
 from __future__ import annotations
 
 import math
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -48,19 +49,12 @@ def attention(
     """Output [B, N, H, D] and log-sum-exp [B, N, H] float32; arguments as for the operator."""
     target = target or target_of(q)
     q, (k, v), k_all, v_all = rows(q), alike(k, v), k_all.contiguous(), v_all.contiguous()
-    batch, tokens, heads, d = q.shape
     o = torch.empty(q.shape, dtype=v.dtype, device=q.device)
-    lse = torch.empty(batch, tokens, heads, dtype=torch.float32, device=q.device)
-    align, strides = strides_of(q, k)
-    step = step_of(target, "fwd", d, q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     args: dict[str, Any] = {"Q": q, "K": k, "V": v, "KA": k_all, "VA": v_all, "OUT": o, "LSE": lse}
-    args |= {"heads": heads, "always": k_all.shape[1], "scale": float(scale)}
-    for name, stride in zip(("q", "k"), strides, strict=True):
-        args |= named(name, stride)
-    args |= dots(d, step, align, target, q)
-    tiles, window = window_arguments(grid, radius, shape, tiled, q)
-    window |= _cells(grid, radius, shape, cells, k_all)
-    start(target, window_fwd, batch * heads * tiles * (64 // step.held), step, args | window)
+    choices = Choices(k_all.shape[1], grid, radius, shape, scale, tiled, cells)
+    plan = plan_of(target, "fwd", q.dtype, q.device, choices, layouts(q=q, k=k))
+    start(target, window_fwd, plan.programs, plan, args | plan.fixed | plan.cells)
     return o, lse
 
 
@@ -87,48 +81,101 @@ def attention_backward(
     target = target or target_of(q)
     do, q, (k, v) = rows(do), rows(q), alike(k, v)
     k_all, v_all, o, lse, dlse = (x.contiguous() for x in (k_all, v_all, o, lse, dlse))
-    batch, _, heads, d = q.shape
     dq, dk, dv, dk_all, dv_all = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, k_all, v_all)
     )
     delta = torch.empty_like(lse)
-    tiles, window = window_arguments(grid, radius, shape, tiled, q)
-    counted = _cells(grid, radius, shape, cells, k_all)
+    choices = Choices(k_all.shape[1], grid, radius, shape, scale, tiled, cells)
+    where = layouts(q=q, k=k, g=do)
 
-    step = step_of(target, "bwd_q", d, q)
-    align, strides = strides_of(q, k, do)
+    plan = plan_of(target, "bwd_q", q.dtype, q.device, choices, where)
     args: dict[str, Any] = {"Q": q, "K": k, "V": v, "KA": k_all, "VA": v_all, "OUT": o, "DO": do}
     args |= {"LSE": lse, "DLSE": dlse, "DQ": dq, "DELTA": delta}
-    args |= {"heads": heads, "always": k_all.shape[1], "scale": float(scale)}
-    for name, stride in zip(("q", "k", "g"), strides, strict=True):
-        args |= named(name, stride)
-    args |= dots(d, step, align, target, q)
-    programs = batch * heads * tiles * (64 // step.held)
-    start(target, window_bwd_q, programs, step, args | window | counted)
+    start(target, window_bwd_q, plan.programs, plan, args | plan.fixed | plan.cells)
 
-    step = step_of(target, "bwd_kv", d, q)
-    args = {"Q": q, "DO": do, "LSE": lse, "DELTA": delta, "heads": heads, "scale": float(scale)}
-    for name, stride in zip(("q", "k", "g"), strides, strict=True):
-        args |= named(name, stride)
-    args |= dots(d, step, align, target, q)
-    programs = batch * heads * tiles * (64 // step.held)
+    plan = plan_of(target, "bwd_kv", q.dtype, q.device, choices, where)
+    args = {"Q": q, "DO": do, "LSE": lse, "DELTA": delta} | plan.fixed
     keys = {"K": k, "V": v, "DK": dk, "DV": dv}
-    start(target, window_bwd_kv, programs, step, args | keys | window)
+    start(target, window_bwd_kv, plan.programs, plan, args | keys)
     if always := k_all.shape[1]:
-        programs = batch * heads * triton.cdiv(always, step.held)
+        programs = q.shape[0] * q.shape[2] * triton.cdiv(always, plan.step.held)
         keys = {"K": k_all, "V": v_all, "DK": dk_all, "DV": dv_all}
-        args = {name: x for name, x in args.items() if not name.startswith("k_")} | window
-        args = {name: x for name, x in args.items() if name not in ("TABLE", "BITS")}
-        counted["always"] = always
-        start(target, window_bwd_all, programs, step, args | keys | counted)
+        start(target, window_bwd_all, programs, plan, args | keys | plan.cells)
     return dq, dk, dv, dk_all, dv_all
 
 
+class Choices(NamedTuple):
+    """What is asked of the windows; `always` is how many keys every query sees."""
+
+    always: int
+    grid: tuple[int, ...]
+    radius: float
+    shape: str
+    scale: float
+    tiled: bool
+    cells: tuple[int, ...]
+
+
+class Plan(NamedTuple):
+    """What of a launch depends on shapes alone: made once for each, so a call costs little.
+
+    Attributes:
+        programs: as many as take all tiles.
+        step: of the kernel.
+        fixed: arguments of every kernel.
+        cells: those of the kernels that have keys that everyone sees.
+    """
+
+    programs: int
+    step: Step
+    fixed: dict[str, Any]
+    cells: dict[str, Any]
+
+
+Layouts = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+
+def layouts(**tensors: Tensor) -> Layouts:
+    """Shape and strides of each, with the name that its strides have."""
+    return tuple((name, tuple(x.shape), x.stride()) for name, x in tensors.items())
+
+
+def strided(where: Layouts) -> tuple[int, dict[str, int]]:
+    """What divides every stride, and the strides by name, divided by it."""
+    empty = [torch.empty_strided(shape, stride, device="meta") for _, shape, stride in where]
+    align, strides = strides_of(*empty)
+    found: dict[str, int] = {}
+    for (name, *_), stride in zip(where, strides, strict=True):
+        found |= named(name, stride)
+    return align, found
+
+
+@lru_cache(maxsize=256)
+def plan_of(
+    target: Target,
+    kernel: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    choices: Choices,
+    where: Layouts,
+) -> Plan:
+    """The plan for the tensors of those layouts, the first of them the queries'."""
+    _, (batch, _, heads, d), _ = where[0]
+    step = step_of(target, kernel, d, dtype)
+    args: dict[str, Any] = {"heads": heads, "scale": float(choices.scale)}
+    align, strides = strided(where)
+    args |= strides
+    args |= dots(d, step, align, target, dtype)
+    tiles, window = window_arguments(*choices[1:4], choices.tiled, device)
+    programs = batch * heads * tiles * (64 // step.held)
+    return Plan(programs, step, args | window, _cells(choices, device))
+
+
 def window_arguments(
-    grid: tuple[int, ...], radius: float, shape: str, tiled: bool, q: Tensor
+    grid: tuple[int, ...], radius: float, shape: str, tiled: bool, device: torch.device
 ) -> tuple[int, dict[str, Any]]:
     """How many tiles the grid has, and the arguments that say what each sees."""
-    tables = lists(grid, radius, shape, q.device)
+    tables = lists(grid, radius, shape, device)
     t, y, x = (1,) * (3 - len(grid)) + grid
     st, sy, sx = (1,) * (3 - len(grid)) + TILES[len(grid)]
     args: dict[str, Any] = {"TABLE": tables.table, "BITS": tables.bits, "tiles": tables.tiles}
@@ -136,19 +183,19 @@ def window_arguments(
     return tables.tiles, args
 
 
-def _cells(
-    grid: tuple[int, ...], radius: float, shape: str, cells: tuple[int, ...], k_all: Tensor
-) -> dict[str, Any]:
+def _cells(choices: Choices, device: torch.device) -> dict[str, Any]:
     """Which of the keys that everyone sees stand for cells, and for how many tokens."""
-    always = k_all.shape[1]
-    if not cells:
-        none = {"COUNTS": k_all, "text": always, "RT": 0, "RY": 0, "RX": 0}
-        return none | {"COUNTED": False, "CT": 1, "CY": 1, "CX": 1}
+    always, grid, cells = choices.always, choices.grid, choices.cells
+    args: dict[str, Any] = {"always": always, "COUNTED": bool(cells)}
     missing = (1,) * (3 - len(grid))
-    grid, cells = missing + grid, missing + cells
-    table, (rt, ry, rx) = counts(grid, cells, radius, shape, k_all.device)
-    args: dict[str, Any] = {"COUNTS": table, "RT": rt, "RY": ry, "RX": rx, "COUNTED": True}
-    args["text"] = always - math.prod(cell_grid(grid, cells))
+    grid, cells = missing + grid, missing + (cells or (1,) * len(grid))
+    reaches: tuple[int, ...] = (0, 0, 0)
+    table = torch.empty(0, device=device)
+    if args["COUNTED"]:
+        table, reaches = counts(grid, cells, choices.radius, choices.shape, device)
+        always -= math.prod(cell_grid(grid, cells))
+    args |= {"COUNTS": table, "text": always}
+    args |= dict(zip(("RT", "RY", "RX"), reaches, strict=True))
     return args | dict(zip(("CT", "CY", "CX"), cells, strict=True))
 
 
@@ -159,19 +206,25 @@ def alike(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return rows(k), rows(v)
 
 
-def start(target: Target, kernel: Any, programs: int, step: Step, args: dict[str, Any]) -> None:
+def start(target: Target, kernel: Any, programs: int, plan: Plan, args: dict[str, Any]) -> None:
     # Whether a·b + c is fused is said here, since Triton 3.10 will change its default.
-    options = {"num_warps": step.warps, "num_stages": step.stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": plan.step.warps,
+        "num_stages": plan.step.stages,
+        "enable_fp_fusion": True,
+    }
     target.launch(Launch(kernel, programs, args, options))
 
 
-def step_of(target: Target, kernel: str, d: int, q: Tensor) -> Step:
+def step_of(target: Target, kernel: str, d: int, dtype: torch.dtype) -> Step:
+    """How many tokens that kernel takes at a time there."""
     if target.vendor == "interpreter":
         return Step(64, 64, warps=1, stages=1, columns=64)  # what takes the fewest steps
-    return step_for(target.vendor, kernel, d, q.element_size())
+    return step_for(target.vendor, kernel, d, dtype.itemsize)
 
 
-def dots(d: int, step: Step, align: int, target: Target, q: Tensor) -> dict[str, Any]:
+def dots(d: int, step: Step, align: int, target: Target, dtype: torch.dtype) -> dict[str, Any]:
+    """Columns in pieces, tokens at a time, and what products are taken in."""
     columns = pieces(d, step.columns)
     # The interpreter's products in half precision are not those of a GPU (in bfloat16 they are
     # wrong), so there the operands stay in float32. Elsewhere float32 keeps its 24 bits:
@@ -182,7 +235,7 @@ def dots(d: int, step: Step, align: int, target: Target, q: Tensor) -> dict[str,
         "BB": columns[1],
         "BM": step.held,
         "BK": step.taken,
-        "DOT": tl.float32 if target.vendor == "interpreter" else DOT[q.dtype],
+        "DOT": tl.float32 if target.vendor == "interpreter" else DOT[dtype],
         "PRECISION": "tf32x3" if target.vendor == "cuda" else "ieee",
         "ALIGN": align,
     }

@@ -7,7 +7,7 @@ sees are the query tiles that see it as keys.
 from __future__ import annotations
 
 import itertools
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -40,9 +40,15 @@ class Lists(NamedTuple):
     part: int
 
 
-@lru_cache(maxsize=8)
+@cache
+@torch.inference_mode(False)
 def lists(grid: tuple[int, ...], radius: float, shape: str, device: torch.device) -> Lists:
-    """The lists of a grid. Which tiles are far apart depends on their displacement alone."""
+    """The lists of a grid. Which tiles are far apart depends on their displacement alone.
+
+    They are some kilobytes, and kept for good: a captured CUDA graph holds their address, and
+    another stream may be reading them. The first call for a grid copies them to the device, so it
+    belongs before a capture, as a first call that compiles kernels does.
+    """
     tile = TILES[len(grid)]
     counts = [-(-size // side) for size, side in zip(grid, tile, strict=True)]
     spans = [
