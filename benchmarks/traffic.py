@@ -189,7 +189,8 @@ def unet_sent(layers: Layers, pixels: int, world: int, element: int = HALF) -> S
         distrifusion=kv
         + gathered(edges + sum(2 * groups * element for groups in layers.norms), world)
         + output,
-        collectives=sum(n > 0 for n, _ in layers.rows)
+        # An input of a downsampler is fetched apart from what it is concatenated with.
+        collectives=sum((n > 0) + (n > 0) * (sides < 2) for n, sides in layers.rows)
         + len(layers.norms)
         + len(layers.attention)
         + 1,
