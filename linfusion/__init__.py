@@ -13,6 +13,7 @@ from linfusion._version import __version__
 
 if TYPE_CHECKING:
     from linfusion.attention.clear.processor import CLEARProcessor
+    from linfusion.attention.hosts import describe_host
     from linfusion.attention.linfusion.processor import LinFusionProcessor
     from linfusion.attention.lit import LiTProcessor
     from linfusion.attention.mamba2.bidirectional import BiMamba2
@@ -45,6 +46,7 @@ _HOME = {
     "Mamba2": "linfusion.attention.mamba2.causal",
     "StreamState": "linfusion.models",
     "TESA": "linfusion.attention.mate.tesa",
+    "describe_host": "linfusion.attention.hosts",
     "fuse": "linfusion.fuse",
     "inherit": "linfusion.lit.inherit",
     "linear_attention": "linfusion.kernels",
@@ -72,6 +74,7 @@ __all__ = [
     "Mamba2",
     "StreamState",
     "__version__",
+    "describe_host",
     "fuse",
     "inherit",
     "linear_attention",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linfusion.bands.hollow import hollow
 from linfusion.bands.rows import RULES, Node, Rows, map_rows
 from linfusion.bands.token_rules import held, whole
 from linfusion.kernels import LinearState, linear_read, linear_state
@@ -107,7 +107,7 @@ def _window_attention(
     engine.flops += 4 * math.prod(q_.shape) * keys
     with engine.store.beside(_scratch(q_, grid, radius)):
         if engine.dry:
-            out = torch.empty(q_.shape, dtype=v_.dtype, device="meta")
+            out = hollow(q_.shape, v_.dtype, rows[0].device)
         else:
             out = func(
                 q_, k_, v_, grid=grid, radius=radius, context=seen[0], pooled=seen[1], **options

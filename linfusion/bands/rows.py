@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from linfusion.bands.hollow import hollow
 from linfusion.bands.store import Store, Whole
 
 BAND_BYTES = 1 << 25  # of the widest tensor of a band
@@ -45,6 +46,7 @@ class Engine:
 
     Attributes:
         flops: of products and convolutions so far, those done twice counted twice; of all rows.
+        widest: bytes of the largest tensor that was only there in bands.
         unbanded: names of the functions that had no rule and ran on whole tensors.
     """
 
@@ -57,7 +59,7 @@ class Engine:
         share: Any = None,
     ) -> None:
         self.store, self.band_bytes, self.dry, self.share = store, band_bytes, dry, share
-        self.flops = 0
+        self.flops = self.widest = 0
         self.unbanded: set[str] = set()
 
     def wrap(self, tensor: Tensor, axis: int = 2) -> Rows:
@@ -78,6 +80,7 @@ class Engine:
             if node.value is None:
                 self.flops += node.flops
                 widest = max(widest, node.nbytes // lines)
+                self.widest = max(self.widest, node.nbytes)
         if self.dry:
             return
         first, end = (0, lines) if self.share is None else self.share.own(lines)
@@ -381,9 +384,22 @@ def _on_whole(func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
             f"{name}: rows that are still to be computed cannot be written to"
         )
     flat, tree = tree_flatten((args, kwargs))
-    for i, a in enumerate(flat):
-        if isinstance(a, Rows):
-            a.node.engine.unbanded.add(name)
-            flat[i] = a.node.engine.whole(a)
+    given = [a.node for a in flat if isinstance(a, Rows)]
+    engine = given[0].engine
+    engine.unbanded.add(name)
+    flat = [engine.whole(a) if isinstance(a, Rows) else a for a in flat]
+    if engine.dry:
+        flat = [_meta(a) if isinstance(a, Tensor) else a for a in flat]
     args, kwargs = tree_unflatten(flat, tree)
-    return func(*args, **kwargs)
+    made = func(*args, **kwargs)
+    return tree_map(functools.partial(_without_values, given[0]), made) if engine.dry else made
+
+
+def _without_values(node: Node, made: Any) -> Any:
+    """What a dry run goes on with: Rows where the shape is that of `node`, else zeros."""
+    if not isinstance(made, Tensor):
+        return made
+    zeros = hollow(made.shape, made.dtype, node.device)
+    if made.shape != torch.Size(node.shape):
+        return zeros
+    return Rows(Node.leaf(node.engine, node.engine.store.adopt(zeros, node.axis, node.line)))
