@@ -14,6 +14,7 @@ from typer import Argument, Option
 
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, say, working
+from linfusion.cli.ranks import ParallelOption, join_ranks
 from linfusion.cli.size import choose_size
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def generate(
     pipeline_kwargs: Annotated[
         str | None, Option(metavar="JSON", help="More arguments of the pipeline's call.")
     ] = None,
+    parallel: ParallelOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts.
@@ -107,7 +109,12 @@ def generate(
     load.check_model(model)
     if softmax and (weights or layers):
         raise ValueError("--softmax: takes no --weights and no --layers")
-    seed = secrets.randbelow(2**32) if seed is None else seed
+    if parallel and (softmax or compile_blocks):
+        raise ValueError(
+            "parallel: takes neither --softmax nor --compile; what is shared is linear attention"
+        )
+    place = join_ranks(parallel)
+    seed = place.agreed(secrets.randbelow(2**32) if seed is None else seed)
     paths = output_paths(output, prompts, num_images_per_prompt, seed)
 
     from linfusion.pipelines.arguments import draw_arguments
@@ -153,6 +160,7 @@ def generate(
             vae_slicing=vae_slicing,
             compile_blocks=compile_blocks,
         )
+        place.share(pipe)
         common = {
             "model": model,
             "method": "softmax" if softmax else summary(pipe).method,
@@ -166,9 +174,12 @@ def generate(
             image, seconds = _draw(pipe, prompt, seed + i, call)
             described = {"prompt": prompt, "seed": seed + i, "seconds": round(seconds, 3)}
             described |= {"width": image.width, "height": image.height}
-            save_png(image, path, {**common, **described, "call": call})
             images.append({"path": str(path), **described})
-            say(f"{image.width}x{image.height} in {seconds:.1f} s, seed {seed + i}")
+            if place.first:
+                save_png(image, path, {**common, **described, "call": call})
+                say(f"{image.width}x{image.height} in {seconds:.1f} s, seed {seed + i}")
+    if not place.first:
+        return
     if as_json:
         emit_json({**common, "call": call, "images": images})
     else:
