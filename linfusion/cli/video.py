@@ -13,6 +13,7 @@ from typer import Argument, Option
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, say, working
 from linfusion.cli.generate import check_length, check_prompts
+from linfusion.cli.kinds import refuse_all_but
 from linfusion.cli.ranks import ParallelOption, join_ranks
 from linfusion.cli.size import choose_size
 
@@ -90,6 +91,8 @@ def video(
             f"start: got {len(starts or [])} for {len(prompts)} prompts; accepted is one for each"
             " prompt after the first"
         )
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: {guidance_scale}; accepted are finite numbers")
     for name, number in (("seconds", seconds), ("fps", fps)):
         if not 0 < number < math.inf:
             raise ValueError(f"{name}: {number}; accepted are numbers above 0")
@@ -188,6 +191,7 @@ def _load(
     """
     from linfusion.pipelines.lingen.pipeline import LinGenPipeline
 
+    refuse_all_but("LinGenPipeline", model, revision=revision, token=token)
     pipe = load.load_pipeline(
         model,
         dtype=dtype,
@@ -196,8 +200,7 @@ def _load(
         token=token,
         device_map=device_map,
     )
-    if not isinstance(pipe, LinGenPipeline):
-        raise ValueError(f"model: {model} is a {type(pipe).__name__}, which draws no videos")
+    assert isinstance(pipe, LinGenPipeline)
     pipe.set_progress_bar_config(desc="drawing", unit="step")
     return pipe
 
