@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from linfusion.kernels.launch import Launch, Target
 
 DTYPES = ("bfloat16", "float16", "float32")
 # Columns of a head of linear attention. 576 is DiT-XL/2 with LiT's two heads.
@@ -42,19 +45,26 @@ CHIPS = {
     "gfx1201": Chip("hip", "gfx1201", 32, 65_536, 64, launched=False),
 }
 
+
+def target_of(chip: Chip, collected: list[Launch]) -> Target:
+    """What the library's launchers take to collect their launches for a chip."""
+    from linfusion.kernels.launch import Target
+
+    arch = chip.arch if isinstance(chip.arch, int) else 80
+    return Target(chip.vendor, chip.multiprocessors, collected.append, arch)
+
+
 # chip; head size, or channels × features of the scan; dtype
 Job = tuple[str, int | str, str]
 
 QUICK: list[Job] = [
     ("sm_80", 40, "bfloat16"),
-    ("sm_90", 160, "bfloat16"),
-    ("sm_100", 72, "float16"),
+    ("sm_89", 160, "bfloat16"),
+    ("sm_100", 64, "float16"),
     ("gfx942", 80, "float32"),
     ("sm_86", "64×64", "bfloat16"),
     ("sm_90", "64×128", "float32"),
-    ("gfx942", "128×64", "float16"),
     ("sm_120", "128×128", "bfloat16"),
-    ("sm_89", 160, "float16"),
 ]
 
 
@@ -90,6 +100,7 @@ class Report:
         hbm: bytes moved if every re-read hits a cache: each tensor once.
         issued: bytes that the programs load and store, re-reads included.
         minimum: bytes of the tensors as long as the sequence, each once.
+        narrow: loads of 2 bytes or less that may be, of what is shorter than the sequence.
     """
 
     chip: str
@@ -106,6 +117,7 @@ class Report:
     hbm: int
     issued: int
     minimum: int
+    narrow: int = 0
 
     def cells(self, kernel: str | None = None) -> str:
         """The start of this kernel's row in a table, under `COLUMNS`."""
@@ -128,7 +140,8 @@ class Report:
             found.append(
                 f"{self.products:.2f} products executed for each needed, {MOST_PRODUCTS} may be"
             )
-        if narrow := sum(count for width, count in self.loads.items() if width <= 2):
+        narrow = sum(count for width, count in self.loads.items() if width <= 2)
+        if narrow > self.narrow:
             found.append(f"{narrow} loads of 2 bytes or less")
         return [f"{self.chip} {self.dtype} D={self.d} {self.kernel}: {text}" for text in found]
 

@@ -6,9 +6,11 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-from benchmarks.aot import linear, ssd, window
+from benchmarks.aot import elementwise, hybrid, linear, ssd, window
 from benchmarks.aot.chips import CHIPS, Report
 from benchmarks.aot.products import executed_for_each_needed
 from benchmarks.compiling import compile_for
@@ -16,25 +18,35 @@ from benchmarks.compiling import compile_for
 if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
 
-# What a tile is called, by family of kernels.
-TILES = {
-    "linear": ("BN", "BD", "BE", "BLOCK"),
-    "window": ("BM", "BK", "BA", "BB"),
-    "ssd": ("BM", "BK", "BD", "BP", "BN", "BLOCK", "BH"),
+# By what the names of their kernels begin with.
+FAMILIES = {
+    "linear": linear,
+    "window": window,
+    "hybrid": hybrid,
+    "ssd": ssd,
+    "norm": elementwise,
+    "rotary": elementwise,
 }
-TRAFFIC = {"linear": linear.traffic, "window": window.traffic, "ssd": ssd.traffic}
+
+
+def family_of(kernel: str) -> ModuleType:
+    """The module that knows a kernel of this name."""
+    return FAMILIES[kernel.partition("_")[0]]
 
 
 def compile_launch(name: str, launch: Launch, chip_name: str, d: int | str, dtype: str) -> Report:
     """Compile as the launcher would, with pointers that are 16-byte aligned."""
     chip = CHIPS[chip_name]
     compiled = compile_for(launch, chip.vendor, chip.arch, chip.warp)
-    read = _read_cuda if chip.vendor == "cuda" else _read_hip
-    registers, spills, mma, loads = read(compiled.asm)
-    family = launch.kernel.__name__.partition("_")[0]
-    hbm, issued, minimum = TRAFFIC[family](launch)
+    asm = compiled.asm
+    if chip.vendor == "cuda":
+        registers, spills, mma, loads = _read_cuda(asm["cubin"], asm["ptx"])
+    else:
+        registers, spills, mma, loads = _read_hip(asm["amdgcn"])
+    family = family_of(launch.kernel.__name__)
+    hbm, issued, minimum = family.traffic(launch)
     options = launch.options
-    tile = "×".join(str(launch.args[x]) for x in TILES[family] if x in launch.args)
+    tile = "×".join(str(launch.args[x]) for x in family.TILE if x in launch.args)
     return Report(
         chip=chip_name,
         dtype=dtype,
@@ -45,24 +57,26 @@ def compile_launch(name: str, launch: Launch, chip_name: str, d: int | str, dtyp
         spills=spills,
         shared=compiled.metadata.shared,
         mma=mma,
-        products=executed_for_each_needed(compiled.asm["ttgir"]),
+        products=executed_for_each_needed(asm["ttgir"]),
         loads=loads,
         hbm=hbm,
         issued=issued,
         minimum=minimum,
+        narrow=getattr(family, "NARROW", 0),
     )
 
 
-def _read_cuda(asm: dict) -> tuple[int, int, str, dict[int, int]]:
+@cache  # launches that differ in their tables alone are one compilation
+def _read_cuda(cubin: bytes, ptx: str) -> tuple[int, int, str, dict[int, int]]:
     """Registers, LDL and STL instructions, matrix instruction, loads by width."""
     import triton
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(asm["cubin"])
-        cubin.flush()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
 
         def cuobjdump(option: str) -> str:
-            command = [triton.knobs.nvidia.cuobjdump.path, option, cubin.name]
+            command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
         usage = cuobjdump("-res-usage")
@@ -72,7 +86,6 @@ def _read_cuda(asm: dict) -> tuple[int, int, str, dict[int, int]]:
         spills = 0
         if any(memory):  # disassembling takes as long as compiling, and no stack means no spill
             spills = max(1, len(re.findall(r"\b(?:LDL|STL)\b", cuobjdump("-sass"))))
-    ptx = asm["ptx"]
     loads = Counter(int(width, 16) for width in re.findall(r"cp\.async\.c\S+ .*?, (0x\w+)", ptx))
     for vector, bits in re.findall(r"\bld\.global(?:\.[\w:]+?)*?(?:\.v(\d))?\.[busf](\d+)\b", ptx):
         loads[int(vector or 1) * int(bits) // 8] += 1
@@ -81,9 +94,8 @@ def _read_cuda(asm: dict) -> tuple[int, int, str, dict[int, int]]:
     return registers, spills, mma, dict(loads)
 
 
-def _read_hip(asm: dict) -> tuple[int, int, str, dict[int, int]]:
+def _read_hip(text: str) -> tuple[int, int, str, dict[int, int]]:
     """Registers, spilled registers and scratch bytes, matrix instruction, loads by width."""
-    text = asm["amdgcn"]
     fields = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
     registers, *spills = (int(re.search(rf"\.{f}: +(\d+)", text)[1]) for f in fields)
     loads: Counter[int] = Counter()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.aot.chips import CHIPS, COLUMNS, RULE, Chip, Report
+from benchmarks.aot.chips import CHIPS, COLUMNS, RULE, Chip, Report, target_of
 
 if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
 
+# Of a tile: tokens, columns of q or k, columns of v.
+TILE = ("BN", "BD", "BE", "BLOCK")
 LIT = 576  # columns of a head of DiT-XL/2 with LiT's two heads, whose feature map is another
 # A 1024-pixel image at the first level of Stable Diffusion 1.5, with guidance.
 BATCH, TOKENS, HEADS = 2, 16384, 8
@@ -19,17 +21,17 @@ def launches(chip: Chip, d: int, dtype: str) -> list[tuple[str, Launch]]:
     import torch
 
     from linfusion.kernels.linear_attention import triton as kernels
+    from linfusion.kernels.linear_attention.common import Choices
 
     collected: list[Launch] = []
-    target = kernels.Target(chip.vendor, chip.multiprocessors, collected.append)
+    target = target_of(chip, collected)
     one = getattr(torch, dtype)
     q, k, v, do = (torch.empty(BATCH, TOKENS, HEADS, d, dtype=one, device="meta") for _ in range(4))
-    phi, eps = ("relu_eps", 1e-6) if d == LIT else ("elu1", 1e-4)
+    choices = Choices("relu_eps", "mean", 1e-6) if d == LIT else Choices("elu1", "mean", 1e-4)
     for key_weight in (None, torch.empty(BATCH, TOKENS, device="meta")):
-        state = kernels.state_forward(k, v, key_weight, phi, target=target)
-        kv, k_mean, count = state
-        kernels.read_forward(q, kv, k_mean, phi, "mean", eps, count, one, target=target)
-        kernels.attention_backward(do, q, k, v, key_weight, *state, phi, "mean", eps, target=target)
+        state = kernels.state_forward(k, v, key_weight, choices.feature_map, target=target)
+        kernels.read_forward(q, state, choices, one, target=target)
+        kernels.attention_backward(do, q, k, v, key_weight, state, choices, target=target)
     different: dict[str, tuple[str, Launch]] = {}
     for launch in collected:
         constants = {n: v for n, v in launch.args.items() if not isinstance(v, torch.Tensor)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.aot import linear, ssd, window
 from benchmarks.aot.chips import CHIPS, MOST_PRODUCTS, Report
+from benchmarks.aot.compiled import FAMILIES, family_of
 
 # float16 is compiled and judged as the others are; its rows would be those of bfloat16 but for a
 # register here and there.
@@ -50,6 +50,6 @@ def page(reports: list[Report]) -> str:
         "and runs the blocked form, which is PyTorch's own operations.",
     ]
     shown = [r for r in reports if r.dtype in SHOWN]
-    for name, family in (("linear", linear), ("window", window), ("ssd", ssd)):
-        lines += family.section([r for r in shown if r.kernel.startswith(name)])
+    for family in dict.fromkeys(FAMILIES.values()):
+        lines += family.section([r for r in shown if family_of(r.kernel) is family])
     return "\n".join(lines) + "\n"

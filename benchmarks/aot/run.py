@@ -21,7 +21,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.aot import linear, ssd, window
+from benchmarks.aot import elementwise, hybrid, linear, ssd, window
 from benchmarks.aot.chips import CHIPS, QUICK, Job, Report, jobs
 from benchmarks.aot.compiled import compile_launch
 from benchmarks.aot.page import page
@@ -70,8 +70,9 @@ def compile_all(job: Job) -> tuple[Job, list[Report], float]:
         wanted = ssd.launches(CHIPS[chip], d, dtype)
     else:
         wanted = linear.launches(CHIPS[chip], d, dtype)
-        if d in window.HEAD_DIMS:
-            wanted += window.launches(CHIPS[chip], d, dtype)
+        for family in (window, hybrid, elementwise):
+            if d in family.HEAD_DIMS:
+                wanted += family.launches(CHIPS[chip], d, dtype)
     reports = [compile_launch(name, launch, chip, d, dtype) for name, launch in wanted]
     return job, reports, time.perf_counter() - start
 

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.aot.chips import COLUMNS, RULE, Chip, Report
+from benchmarks.aot.chips import COLUMNS, RULE, Chip, Report, target_of
 
 if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
 
+# Of a tile: tokens that a program holds, that it takes at a time, columns.
+TILE = ("BM", "BK", "BD", "BP", "BN", "BLOCK", "BH")
 # Channels of a head × features of its state.
 SIZES = {"64×64": (64, 64), "64×128": (64, 128), "128×64": (128, 64), "128×128": (128, 128)}
 BATCH, TOKENS, HEADS, GROUPS, CHUNK = 1, 65536, 32, 1, 256
 
 
 def launches(chip: Chip, size: str, dtype: str) -> list[tuple[str, Launch]]:
-    """Every different launch of a forward and backward pass, in reverse, with skip, initial state
-    and segments, and of a forward pass in both directions, with skip."""
+    """Every different launch of a forward and backward pass, in reverse, with skip and initial
+    state."""
     import torch
 
     from linfusion.kernels.ssd import triton as kernels
-    from linfusion.kernels.ssd.bidirectional import triton as bidirectional
+    from linfusion.kernels.ssd.common import Choices
 
     channels, features = SIZES[size]
     one = getattr(torch, dtype)
@@ -33,27 +35,19 @@ def launches(chip: Chip, size: str, dtype: str) -> list[tuple[str, Launch]]:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     collected: list[Launch] = []
-    target = kernels.Target(chip.vendor, chip.multiprocessors, collected.append)
+    target = target_of(chip, collected)
     x = empty(BATCH, TOKENS, HEADS, channels)
     dt, a = (empty(BATCH, TOKENS, HEADS, dtype=torch.float32) for _ in range(2))
     b, c = (empty(BATCH, TOKENS, GROUPS, features) for _ in range(2))
     skip = empty(BATCH, HEADS, channels)
     initial = empty(BATCH, HEADS, channels, features, dtype=torch.float32)
-    seg = empty(BATCH, TOKENS, dtype=torch.int32)
-    y, final, kept = kernels.scan(x, dt, a, b, c, skip, initial, seg, CHUNK, True, target=target)
-    kernels.scan_backward(y, final, x, dt, a, b, c, skip, seg, kept, CHUNK, True, target=target)
+    choices = Choices(CHUNK, reverse=True)
+    y, final, kept = kernels.scan(x, dt, a, b, c, skip, initial, choices, target=target)
+    kernels.scan_backward(y, final, x, dt, a, b, c, skip, kept, choices, target=target)
     different: dict[str, Launch] = {}
     for launch in collected:
         backward = ", backward" if launch.args.get("BACKWARD") else ""
         different.setdefault(launch.kernel.__name__ + backward, launch)
-    collected.clear()
-    both = (torch.stack([t, t], -1) for t in (dt, a))
-    bidirectional.scan(x, *both, b, c, skip, CHUNK, target=target)
-    for launch in collected:
-        name = launch.kernel.__name__
-        if launch.args.get("STEPS") and launch.args["BACKWARD"]:
-            different[f"{name}, backward direction"] = launch
-        different.setdefault(name, launch)
     return list(different.items())
 
 
@@ -76,8 +70,7 @@ def section(reports: list[Report]) -> list[str]:
         "# State-space scan",
         "",
         f"Bytes for batch {BATCH}, {TOKENS} tokens, {HEADS} heads in {GROUPS} group, chunks of "
-        f"{CHUNK} tokens, with skip, initial state and segments; of both directions at once "
-        "(`ssd_read_both` and what it reads), with skip. *P × N* is channels of a head × features "
+        f"{CHUNK} tokens, with skip and initial state. *P × N* is channels of a head × features "
         "of its state. *Tile* is tokens that a program holds × tokens that it takes at a time × "
         "columns, warps and pipeline stages. *HBM* counts every tensor of the launch once, "
         "relative to those as wide as x: the rest is states, one a chunk in float32, and sums.",

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks.aot.chips import COLUMNS, RULE, Chip, Report
+from benchmarks.aot.chips import COLUMNS, RULE, Chip, Report, target_of
 
 if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
 
+# Of a tile: tokens that a program holds, that it takes at a time, columns
+# in one or two pieces.
+TILE = ("BM", "BK", "BA", "BB")
 HEAD_DIMS = (64, 72, 96, 128)
 RADII = (8, 16, 32)
 # FLUX.1 at 1024 pixels.
@@ -20,7 +23,8 @@ BATCH, GRID, HEADS, TEXT = 1, (64, 64), 24, 512
 
 
 def launches(chip: Chip, d: int, dtype: str) -> list[tuple[str, Launch]]:
-    """A forward and backward pass at every radius; names end in ", r=8" and so on.
+    """A forward and backward pass at every radius, names end in ", r=8" and so on; at one of them
+    also with counted cells.
 
     Raises:
         RuntimeError: a radius would compile a kernel anew.
@@ -39,7 +43,7 @@ def launches(chip: Chip, d: int, dtype: str) -> list[tuple[str, Launch]]:
     constants: dict[str, dict[str, object]] = {}
     for radius in RADII:
         collected: list[Launch] = []
-        target = kernels.Target(chip.vendor, chip.multiprocessors, collected.append)
+        target = target_of(chip, collected)
         x = (empty(tokens), empty(tokens), empty(tokens), empty(TEXT), empty(TEXT))
         choices = (GRID, float(radius), "disc", d**-0.5, False)
         o, lse = kernels.attention(*x, *choices, target=target)
@@ -52,6 +56,10 @@ def launches(chip: Chip, d: int, dtype: str) -> list[tuple[str, Launch]]:
             if constants.setdefault(name, fixed) != fixed:
                 raise RuntimeError(f"{name}: r={radius} compiles it anew, with {fixed}")
             found.append((f"{name}, r={radius}", launch))
+    collected = []
+    cells = (empty(TEXT + GRID[0] * GRID[1] // 64),) * 2
+    kernels.attention(*x[:3], *cells, *choices, (8, 8), target=target_of(chip, collected))
+    found += [(f"{launch.kernel.__name__}, cells, r={RADII[-1]}", launch) for launch in collected]
     return found
 
 
@@ -110,7 +118,7 @@ def section(reports: list[Report]) -> list[str]:
         ]
         of_kernel: dict[tuple[str, int | str, str], list[Report]] = {}
         for r in (r for r in reports if r.chip == chip):
-            of_kernel.setdefault((r.dtype, r.d, r.kernel.split(",")[0]), []).append(r)
+            of_kernel.setdefault((r.dtype, r.d, r.kernel.split(", r=")[0]), []).append(r)
         for (_, _, kernel), group in of_kernel.items():
             r = group[0]
             issued = " / ".join(f"{x.issued / x.minimum:.1f}" for x in group)

@@ -49,7 +49,7 @@ class Emulator:
     def __init__(self, arch: int, change: Callable[[str, str], str] = lambda kernel, ptx: ptx):
         if arch not in ARCHS:
             raise ValueError(f"arch: got {arch}; expected one of {', '.join(map(str, ARCHS))}")
-        self.target = Target("cuda", _MULTIPROCESSORS, self._launch)
+        self.target = Target("cuda", _MULTIPROCESSORS, self._launch, arch)
         self.ran: list[Ran] = []
         self._arch, self._change = arch, change
         self._programs: dict[str, Program] = {}

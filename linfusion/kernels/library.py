@@ -16,6 +16,12 @@ HAS_TRITON = find_spec("triton") is not None
 LIBRARY = torch.library.Library("linfusion", "FRAGMENT")
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """A context in which autocast leaves products alone: a half-precision sum is no state."""
     available = torch.amp.is_autocast_available(device.type)

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.aot.chips import CHIPS, Report, jobs
 from benchmarks.aot.compiled import _hip_width
+from benchmarks.aot.page import page
 from benchmarks.aot.products import executed_for_each_needed
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,12 @@ def test_the_gate_names_each_fault():
         assert text in problem
 
 
+def test_a_norm_may_load_its_weight_by_the_number():
+    narrow = replace(GOOD, loads={16: 8, 2: 1})
+    assert narrow.failures() and not replace(narrow, narrow=1).failures()
+    assert replace(narrow, narrow=1, loads={2: 2}).failures()
+
+
 def test_a_chip_that_runs_the_blocked_form_fails_nothing():
     spilled = replace(GOOD, chip="gfx1100", spills=414)
     assert spilled.problems() and not spilled.failures()
@@ -69,6 +76,14 @@ def test_every_chip_that_is_launched_on_compiles_every_size():
         sizes = {(d, dtype) for c, d, dtype in jobs(("128×128",)) if c == name}
         wanted = {(d, t) for d in (72, 96, "128×128") for t in ("bfloat16", "float16", "float32")}
         assert wanted <= sizes or not chip.launched
+
+
+def test_the_page_says_which_chips_run_the_blocked_form():
+    scan = replace(GOOD, d="64×64", dtype="bfloat16", kernel="ssd_read", products=1.25)
+    text = page([scan, replace(scan, chip="gfx1100", spills=414)])
+    assert "| sm_80 | 1 | 1 | 80 | 166912, 166912 | 1.25 |" in text
+    assert "| gfx1100 | 1 | 1: blocked form there |" in text
+    assert "| bfloat16 | 64×64 | ssd_read |  | 80 | 414 | 166912 | mma.sync | 1.25 |" in text
 
 
 def dot(layout: str, rows: int, columns: int) -> str:
@@ -121,7 +136,7 @@ def test_a_few_kernels_pass_on_every_chip(tmp_path):
     kernels = {r["kernel"].split(",")[0] for r in reports}
     assert {"linear_state_fwd", "linear_state_reduce", "linear_out_fwd"} <= kernels
     assert {"linear_bwd_q", "linear_bwd_q_rows", "linear_bwd_kv"} <= kernels
-    assert {"ssd_cumsum", "ssd_states", "ssd_pass", "ssd_read", "ssd_read_both"} <= kernels
+    assert {"ssd_cumsum", "ssd_states", "ssd_pass", "ssd_read"} <= kernels
     assert {"ssd_bwd_keys", "ssd_bwd_within", "ssd_bwd_decays"} <= kernels
     sums = {"linear_state_reduce", "ssd_cumsum", "ssd_pass", "ssd_bwd_decays"}
     assert all(r["mma"] for r in reports if r["kernel"].split(",")[0] not in sums)
