@@ -8,6 +8,7 @@ timed on a GPU.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 
@@ -40,6 +41,7 @@ _STEPS: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
 }
 
 
+@functools.lru_cache(1024)
 def step_for(vendor: str, kernel: str, widest: int, itemsize: int, chunk: int) -> Step:
     """The step of `kernel` for chunks of `chunk` tokens and P and N up to `widest`."""
     step = Step(*_STEPS[vendor, kernel, itemsize][0 if widest <= 64 else 1])
