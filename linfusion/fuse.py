@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from linfusion.attention import get_method
-from linfusion.layers.displaced import forget_adapters
 from linfusion.layers.find import compute_dtype, model_of
 from linfusion.layers.offload import lifted
 from linfusion.layers.projections import all_or_nothing, projections, refuse_quantized
 from linfusion.layers.record import record_of
+from linfusion.layers.watch import forget_adapters
 
 
 def fuse(model_or_pipe: Any) -> Any:

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from linfusion.attention import get_method, names
-from linfusion.layers.difference import Difference
-from linfusion.layers.displaced import look, put_back
-from linfusion.layers.find import compute_dtype, model_of
-from linfusion.layers.offload import lifted
-from linfusion.layers.parts import guard, unguard
-from linfusion.layers.projections import (
-    all_or_nothing,
-    changed_since,
-    projections,
-    put_in,
-    refuse_copied,
-    set_processor,
-    swap,
-)
-from linfusion.layers.record import RECORD, Record, TakenLayer, mark, marker_of, record_of
-from linfusion.students.loading import method_of, student_of
+from linfusion.attention.method import Method
+from linfusion.layers.find import compute_dtype, models_of
+from linfusion.layers.projections import all_or_nothing, refuse_copied
+from linfusion.layers.record import Record, mark, marker_of, record_of
+from linfusion.layers.switch import Plan, put_on, softmax, take_off
+from linfusion.layers.watch import put_back
+from linfusion.students.loading import method_of, student_of, weights_by_model
 from linfusion.students.wanted import Wanted, layers_for
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from linfusion.attention.method import Method
     from linfusion.students.student import LinFusion
 
 _PAG = "_linfusion_pag_processors"  # on a pipeline: the pair it had
@@ -58,7 +48,7 @@ def linearize(
             take that), or a model: for "linfusion" one whose self-attention is diffusers'
             `Attention`, for "clear" a FLUX or Stable Diffusion 3 transformer, for "lit" a DiT or
             PixArt transformer, for "mate" that of Wan, SANA-Video or CogVideoX.
-        method: name of the mechanism: "linfusion", "clear", "lit" or "mate"; None is that of the
+        method: name of the mechanism, one of `linfusion.attention.names()`; None is that of the
             weights, and "linfusion" without weights.
         weights: a distilled student: a folder or hub name in our form or the authors', a
             `.safetensors` file of CLEAR's authors (a path, or "user/repository/file.safetensors" on
@@ -71,13 +61,10 @@ def linearize(
         size: for "auto", height and width of the picture in pixels, or one number for both, of a
             video frames, height and width. A bare model counts 8 pixels to a latent, and 4 frames
             after the first.
-        **options: of the method; None is as if it were not given. "linfusion":
-            `projection_mid_dim`, hidden channels of a fresh learned part (None: as many as the
-            layer has, -1: none). "clear": those of `linfusion.attention.clear.Window`, as
-            `radius=8, down_factor=1, proportional=False`; what is not given is as the weights say.
-            "lit": those of `linfusion.attention.lit.Form`, as `heads=2, conv="value_shared"`, and
-            `softmax_every=n`, which leaves every n-th layer as it is. "mate": those of
-            `linfusion.attention.mate.processor.Mixture`, as `window=(8, 4, 4)`.
+        **options: fields of the method's options, `linfusion.attention.get_method(method).options`:
+            those of `Maps` for "linfusion", `Window` for "clear", `Form` (and `softmax_every`) for
+            "lit", `Mixture` for "mate". None is as if it were not given; what is not given is as
+            the weights say.
 
     Returns:
         `model_or_pipe`.
@@ -87,46 +74,58 @@ def linearize(
             or are for another method; a selector that selects nothing; quantised weights that
             would be replaced. The model is as it was, as after any other error.
     """
-    model = model_of(model_or_pipe)
-    record = record_of(model)
+    models = models_of(model_or_pipe)
+    first = next(iter(models.values()))
+    students = weights_by_model(weights, models)
     if method is None:
-        method = record.method if record else method_of(weights, model)
+        record = record_of(first)
+        method = record.method if record else method_of(next(iter(students.values())), first)
     mechanism = get_method(method)
     if hasattr(model_or_pipe, "set_pag_applied_layers") and mechanism.pag_processors is None:
         raise ValueError(
             f"model_or_pipe: {type(model_or_pipe).__name__} guides with perturbed attention, which"
             f" method {method!r} does not have; use the pipeline without PAG"
         )
-    wanted = Wanted(model_or_pipe, method, layers, size, options)
-    if record is not None:
-        plain = weights is None and layers is None and not options and method == record.method
-        if plain and put_back(record) + _take_pag(model_or_pipe, mechanism):
-            return model_or_pipe
-        if method == record.method and wanted.is_there(record, weights):
-            put_back(record)
-            _take_pag(model_or_pipe, mechanism)
-            return model_or_pipe
+    wanted = Wanted(model_or_pipe, mechanism, layers, size, options)
+    records = [record for record in map(record_of, models.values()) if record is not None]
+    if records:
+        if len(records) == len(models) and {r.method for r in records} == {method}:
+            plain = weights is None and layers is None and not options
+            if plain and _repair(model_or_pipe, mechanism):
+                return model_or_pipe
+            if all(wanted.is_there(model, students[name]) for name, model in models.items()):
+                _repair(model_or_pipe, mechanism)
+                return model_or_pipe
+        kinds = ", ".join(type(m).__name__ for m in models.values() if record_of(m) is not None)
         raise ValueError(
-            f"model_or_pipe: {type(model).__name__} is linearized already ({record.method},"
-            f" {len(record.layers)} layers); call linfusion.restore first"
+            f"model_or_pipe: {kinds} is linearized already ({records[0].method},"
+            f" {sum(len(r.layers) for r in records)} layers); call linfusion.restore first"
         )
-    found = layers_for(model, method, weights)
-    side = student_of(model, found, weights, method)
-    chosen, learned = wanted.of(found, side)
-    _put_on(model_or_pipe, found, chosen, learned, side is None, mechanism)
+    plans = [_plan(model, wanted, students[name]) for name, model in models.items()]
+    with all_or_nothing() as undo:
+        for plan in plans:
+            undo.callback(_off_again, plan.model)
+            put_on(plan)
+        undo.callback(_leave_pag, model_or_pipe)
+        _take_pag(model_or_pipe, mechanism)
     return model_or_pipe
 
 
-def _put_on(
-    model_or_pipe: Any,
-    found: dict[str, Any],
-    chosen: dict[str, Any],
-    learned: dict[str, dict[str, Tensor | Difference]],
-    fresh: bool,
-    mechanism: Method,
-) -> None:
-    """Make the chosen layers linear, all of them or none."""
-    model = model_of(model_or_pipe)
+def _repair(model_or_pipe: Any, mechanism: Method) -> int:
+    """Put our processors back where something else has taken over; how many."""
+    lost = 0
+    for model in models_of(model_or_pipe).values():
+        record = record_of(model)
+        assert record is not None
+        lost += put_back(model, record)
+    return lost + _take_pag(model_or_pipe, mechanism)
+
+
+def _plan(model: nn.Module, wanted: Wanted, weights: Any) -> Plan:
+    mechanism = wanted.mechanism
+    found = layers_for(model, mechanism.name, weights)
+    side = student_of(model, found, weights, mechanism.name)
+    chosen, learned = wanted.of(model, found, side)
     dtype = compute_dtype(model)
     children = {}
     for path, setting in chosen.items():
@@ -139,37 +138,8 @@ def _put_on(
         if own:
             child.load_state_dict(own)
         children[path] = child.to(dtype).train(found[path].training)
-
-    record = Record(mechanism.name, {}, chosen, fresh=fresh)
-    with lifted(model), all_or_nothing() as undo:
-        undo.callback(mechanism.detach, model)
-        mechanism.attach(model, chosen)
-        processor = mechanism.processor()
-        for path in chosen:
-            attn = found[path]
-            taken = record.layers[path] = TakenLayer(attn, attn.processor)
-            if fresh and mechanism.inherit is not None:
-                mechanism.inherit(attn, children[path])
-            put_in(learned[path], taken, undo)
-            device = projections(attn)["to_q"].weight.device
-            child = children[path].to(device)
-            undo.callback(attn._modules.pop, mechanism.name, None)
-            attn.add_module(mechanism.name, child)
-            set_processor(attn, processor, undo)
-        undo.callback(_strip, model)
-        setattr(model, RECORD, record)
-        model.register_forward_pre_hook(look)
-        guard(record)
-        mark(
-            model,
-            {
-                "method": mechanism.name,
-                "layers": chosen,
-                "attention_weights": any(t.base_weights for t in record.layers.values()),
-            },
-        )
-        undo.callback(_leave_pag, model_or_pipe)
-        _take_pag(model_or_pipe, mechanism)
+    layers = {path: found[path] for path in chosen}
+    return Plan(model, mechanism, layers, chosen, learned, children, side is None)
 
 
 def restore(model_or_pipe: Any) -> Any:
@@ -184,36 +154,21 @@ def restore(model_or_pipe: Any) -> Any:
     Raises:
         ValueError: it is not linearized, or a LoRA is merged into weights that would be swapped.
     """
-    model = model_of(model_or_pipe)
-    record = record_of(model)
-    if record is None:
-        _forget(model)
+    records = _records(model_or_pipe)
+    if not records:
+        _forget(model_or_pipe)
         return model_or_pipe
-    for path, taken in record.layers.items():
-        if taken.base_weights:
-            refuse_copied(path, taken.layer)
-    mechanism = get_method(record.method)
-    with lifted(model), all_or_nothing() as undo:
-        changed = [path for path, taken in record.layers.items() if changed_since(taken)]
-        undo.callback(_attach_again, model, record)
-        mechanism.detach(model)
-        for taken in record.layers.values():
-            swap(taken, undo)
-            set_processor(taken.layer, taken.processor, undo)
-        # What fuse_qkv_projections laid aside would bring our processors back.
-        stash = getattr(model, "original_attn_processors", None) or {}
+    changed = 0
+    for _, record in records:
         for path, taken in record.layers.items():
-            if isinstance(stash.get(f"{path}.processor"), mechanism.processor):
-                undo.callback(stash.__setitem__, f"{path}.processor", stash[f"{path}.processor"])
-                stash[f"{path}.processor"] = taken.processor
-        undo.callback(_hang, model, record, _hanging(record), model.__dict__.get("_internal_dict"))
-        _strip(model)
-        if hasattr(model_or_pipe, _PAG):
-            undo.callback(_take_pag, model_or_pipe, mechanism)
-            _leave_pag(model_or_pipe)
+            if taken.base_weights:
+                refuse_copied(path, taken.layer)
+    for model, record in records:
+        changed += take_off(model, record)
+    _leave_pag(model_or_pipe)
     if changed:
         warnings.warn(
-            f"model_or_pipe: the projections of {len(changed)} linear layers were changed after"
+            f"model_or_pipe: the projections of {changed} linear layers were changed after"
             " linfusion.linearize (a LoRA merged and unloaded, or training); they are again what"
             " they were before it, and other layers keep what was merged into them. For a softmax"
             " model with the LoRA: restore first, then merge",
@@ -221,6 +176,18 @@ def restore(model_or_pipe: Any) -> Any:
             stacklevel=2,
         )
     return model_or_pipe
+
+
+def _off_again(model: nn.Module) -> None:
+    record = record_of(model)
+    if record is not None:
+        take_off(model, record)
+
+
+def _records(model_or_pipe: Any) -> list[tuple[nn.Module, Record]]:
+    """The linearized models and what is remembered of each."""
+    found = [(model, record_of(model)) for model in models_of(model_or_pipe).values()]
+    return [(model, record) for model, record in found if record is not None]
 
 
 @contextmanager
@@ -233,131 +200,56 @@ def as_softmax(model_or_pipe: Any) -> Iterator[Any]:
     Raises:
         ValueError: it is not linearized.
     """
-    model = model_of(model_or_pipe)
-    record = record_of(model)
-    if record is None:
-        raise ValueError(f"model_or_pipe: {type(model).__name__} is not linearized")
-    taken = list(record.layers.values())
-    ours = [one.layer.processor for one in taken]
-    swaps = any(one.base_weights for one in taken)
-    for path, one in record.layers.items():
-        if one.base_weights:
-            refuse_copied(path, one.layer)
-    mechanism = get_method(record.method)
-
-    with ExitStack() as end:
-        end.callback(_strip_where_softmax, model, record)
-        end.callback(_linear_again, model, record, ours)
-        with lifted(model) if swaps else nullcontext(), all_or_nothing() as undo:
-            undo.callback(_attach_again, model, record)
-            mechanism.detach(model)
-            for one in taken:
-                swap(one, undo)
-                set_processor(one.layer, one.processor, undo)
-            # So that nothing says our processors are missing.
-            undo.callback(setattr, model, RECORD, record)
-            delattr(model, RECORD)
+    records = _records(model_or_pipe)
+    if not records:
+        kinds = ", ".join(type(model).__name__ for model in models_of(model_or_pipe).values())
+        raise ValueError(f"model_or_pipe: {kinds} is not linearized")
+    for _, record in records:
+        for path, taken in record.layers.items():
+            if taken.base_weights:
+                refuse_copied(path, taken.layer)
+    with ExitStack() as stack:
+        for model, record in records:
+            stack.enter_context(softmax(model, record))
         yield model_or_pipe
 
 
-def _linear_again(model: nn.Module, record: Record, processors: list[Any]) -> None:
-    """The end of `as_softmax`, if it began."""
-    if record_of(model) is not None:
-        return
-    swaps = any(taken.base_weights for taken in record.layers.values())
-    mechanism = get_method(record.method)
-    with lifted(model) if swaps else nullcontext(), all_or_nothing() as undo:
-        for taken, processor in zip(record.layers.values(), processors, strict=True):
-            swap(taken, undo)
-            set_processor(taken.layer, processor, undo)
-        undo.callback(mechanism.detach, model)
-        mechanism.attach(model, record.settings)
-        undo.callback(model.__dict__.pop, RECORD, None)
-        setattr(model, RECORD, record)
-
-
-def _strip_where_softmax(model: nn.Module, record: Record) -> None:
-    """Where `as_softmax` could not come back, the model stays softmax, and altogether."""
-    if record_of(model) is None:
-        setattr(model, RECORD, record)
-        _strip(model)
-
-
-def _attach_again(model: nn.Module, record: Record) -> None:
-    mechanism = get_method(record.method)
-    mechanism.detach(model)
-    mechanism.attach(model, record.settings)
-
-
-def _hanging(record: Record) -> dict[str, dict[str, nn.Module]]:
-    """The modules of ours on every layer, by path and name."""
-    mechanism = get_method(record.method)
-    ours = (mechanism.name, mechanism.fused_name or "")
-    return {
-        path: {name: taken.layer._modules[name] for name in ours if name in taken.layer._modules}
-        for path, taken in record.layers.items()
-    }
-
-
-def _hang(
-    model: nn.Module, record: Record, children: dict[str, dict[str, nn.Module]], config: Any
-) -> None:
-    """Undo `_strip`."""
-    for path, taken in record.layers.items():
-        taken.layer._modules.update(children[path])
-    setattr(model, RECORD, record)
-    guard(record)
-    if not any(hook is look for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(look)
-    if config is not None:
-        model.__dict__["_internal_dict"] = config
-
-
-def _strip(model: nn.Module) -> None:
-    """Take off what hangs on a model whose processors and weights are its own again."""
-    record = record_of(model)
-    if record is not None:
-        mechanism = get_method(record.method)
-        unguard(record)
-        for taken in record.layers.values():
-            for name in (mechanism.name, mechanism.fused_name or ""):
-                taken.layer._modules.pop(name, None)
-    model.__dict__.pop(RECORD, None)
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is look:
-            del model._forward_pre_hooks[key]
-    mark(model, None)
-
-
-def _forget(model: nn.Module) -> None:
-    """Of a model that was saved linearized: that it was.
+def _forget(model_or_pipe: Any) -> None:
+    """Of models that were saved linearized: that they were.
 
     Raises:
-        ValueError: it was not.
+        ValueError: none was.
     """
-    marker = marker_of(model)
-    if marker is None:
-        ours = {get_method(name).processor for name in names()}
-        put = sorted({type(p).__name__ for p in _processors(model) if type(p) in ours})
+    models = models_of(model_or_pipe).values()
+    marked = [model for model in models if marker_of(model) is not None]
+    if not marked:
+        kinds = ", ".join(type(model).__name__ for model in models)
+        put = _set_by_hand(models)
         why = (
             f" by linfusion.linearize, but given {', '.join(put)} by set_attn_processor; give it"
             " diffusers' own in the same way"
             if put
             else ", so nothing to restore"
         )
-        raise ValueError(f"model_or_pipe: {type(model).__name__} is not linearized{why}")
-    if marker["attention_weights"]:
-        warnings.warn(
-            f"{type(model).__name__} was saved with the projections of its linear student; its own"
-            " are not in that file, so this is not the softmax model it was made from",
-            UserWarning,
-            stacklevel=3,
-        )
-    mark(model, None)
+        raise ValueError(f"model_or_pipe: {kinds} is not linearized{why}")
+    for model in marked:
+        if marker_of(model)["attention_weights"]:
+            warnings.warn(
+                f"{type(model).__name__} was saved with the projections of its linear student; its"
+                " own are not in that file, so this is not the softmax model it was made from",
+                UserWarning,
+                stacklevel=3,
+            )
+        mark(model, None)
 
 
-def _processors(model: nn.Module) -> list[Any]:
-    return [module.processor for module in model.modules() if hasattr(module, "processor")]
+def _set_by_hand(models: Iterable[nn.Module]) -> list[str]:
+    """Names of our processors that are on models nothing is remembered of."""
+    modules = [module for model in models for module in model.modules()]
+    processors = [module.processor for module in modules if hasattr(module, "processor")]
+    methods = [get_method(name) for name in names()]
+    ours = [p for p in processors if any(isinstance(p, m.processor) for m in methods)]
+    return sorted({type(p).__name__ for p in ours})
 
 
 def _take_pag(model_or_pipe: Any, mechanism: Any) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from linfusion.attention import get_method, names
-from linfusion.attention.method import Method, channels_of
-from linfusion.layers.find import candidates, model_of, refuse_linear_already
+from linfusion.attention.method import Method, channels_of, heads_of
+from linfusion.layers.find import candidates, models_of, refuse_linear_already, serving
 from linfusion.layers.projections import attention_parameters
 from linfusion.layers.record import Record, record_of
 
@@ -88,39 +88,71 @@ class Summary:
         return "\n".join([head, *rows, foot])
 
 
-def summary(model_or_pipe: Any) -> Summary:
+def summary(model_or_pipe: Any, method: str | None = None) -> Summary:
     """What is linear in a model, what it learned, what its state takes, and from when on it pays.
 
     Args:
         model_or_pipe: a pipeline or a model, linearized or not.
+        method: of a model that is not linearized, what it would be with this method; None is the
+            first that takes it.
 
     Raises:
-        ValueError: it has no self-attention that could be linear.
+        ValueError: it has no self-attention that could be linear, or is linear by another method.
     """
-    model = model_of(model_or_pipe)
-    record = record_of(model)
-    mechanism = get_method(record.method) if record else _first_that_fits(model)
-    moved = {id(taken.layer): path for path, taken in record.layers.items()} if record else {}
-    found = {
-        moved.get(id(attn), path): attn for path, attn in candidates(model, mechanism.name).items()
-    }
+    models = models_of(model_or_pipe)
+    layers: list[LayerSummary] = []
+    fused, hooked = False, True
+    methods: list[str] = []
+    for name, model in models.items():
+        record = record_of(model)
+        if record is not None and method not in (None, record.method):
+            raise ValueError(
+                f"method: got {method!r}, but the model is linear by {record.method!r}"
+            )
+        mechanism = _mechanism(model, record, method)
+        prefix = f"{name}." if len(models) > 1 else ""
+        own, own_fused = _layers(model, record, mechanism, prefix)
+        if record or any(layer.linear for layer in own):
+            methods.append(mechanism.name)
+            hooked = hooked and record is not None
+        layers += own
+        fused = fused or own_fused
+    kinds = ", ".join(type(model).__name__ for model in models.values())
+    return Summary(kinds, " and ".join(dict.fromkeys(methods)) or None, fused, layers, hooked)
+
+
+def _mechanism(model: nn.Module, record: Record | None, method: str | None) -> Method:
+    name = record.method if record is not None else method
+    return _first_that_fits(model) if name is None else get_method(name)
+
+
+def _layers(
+    model: nn.Module, record: Record | None, mechanism: Method, prefix: str
+) -> tuple[list[LayerSummary], bool]:
+    """Those of one model, and whether any is fused."""
+    taken = {path: one.layer for path, one in record.layers.items()} if record else {}
+    paths = {id(attn): path for path, attn in taken.items()}
+    there = (
+        {} if paths and mechanism.name not in serving(model) else candidates(model, mechanism.name)
+    )
+    found = {paths.get(id(attn), path): attn for path, attn in there.items()}
+    found |= {path: attn for path, attn in taken.items() if path not in found}
     settings = mechanism.settings(found, None, {}) | (record.settings if record else {})
     layers, fused = [], False
     for path, attn in found.items():
         fused = fused or hasattr(attn, mechanism.fused_name or "")
         layers.append(
             LayerSummary(
-                path=path,
+                path=f"{prefix}{path}",
                 linear=isinstance(attn.processor, mechanism.processor),
                 channels=channels_of(attn),
-                heads=attn.heads,
+                heads=heads_of(attn),
                 parameters=_learned(attn, path, record),
                 state_bytes=mechanism.state_bytes(attn),
                 break_even_tokens=mechanism.break_even_tokens(attn, settings[path]),
             )
         )
-    method = mechanism.name if any(layer.linear for layer in layers) or record else None
-    return Summary(type(model).__name__, method, fused, layers, record is not None)
+    return layers, fused
 
 
 def _learned(attn: Any, path: str, record: Record | None) -> int:

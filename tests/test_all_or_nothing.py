@@ -28,6 +28,7 @@ STEPS = {
     for name in (
         "linearize.py",
         "fuse.py",
+        "layers/switch.py",
         "layers/projections.py",
         "layers/record.py",
         "attention/grids/joint.py",

@@ -260,7 +260,7 @@ def test_a_model_for_another_method_says_which():
     ):
         linfusion.linearize(tiny_flux_pipeline(), weights=SIDE)
     with pytest.raises(ValueError, match="Method 'linfusion' takes UNet2DConditionModel"):
-        linfusion.linearize(tiny_unet(), "clear")
+        linfusion.linearize(tiny_unet(), "lit")
 
 
 # dtypes

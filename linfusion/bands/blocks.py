@@ -11,11 +11,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from linfusion.bands.around import around
+from linfusion.bands.hollow import hollow
 from linfusion.bands.rows import Engine, Rows
 from linfusion.bands.token_rules import held
 
@@ -23,10 +23,7 @@ _SEQUENCES = ("hidden_states", "encoder_hidden_states")
 
 
 def call_in_blocks(
-    model: Any,
-    forward: Callable[..., Any],
-    inputs: dict[str, Any],
-    engine: Engine,
+    model: Any, forward: Callable[..., Any], inputs: dict[str, Any], engine: Engine
 ) -> Any:
     """The model's forward, with what is large in each of its blocks left to the engine."""
     before = [model.x_embedder] if hasattr(model, "x_embedder") else []
@@ -53,8 +50,7 @@ def _plain(engine: Engine, value: Any) -> Any:
     if not isinstance(value, Rows):
         return value
     whole = held(value)
-    # Of a dry run: zeros that take no memory.
-    return torch.zeros((), dtype=whole.dtype).expand(whole.shape) if whole.is_meta else whole
+    return hollow(whole.shape, whole.dtype, value.device) if whole.is_meta else whole
 
 
 def _beside(model: Any, inputs: dict[str, Any]) -> int:

@@ -10,21 +10,22 @@ from torch import Tensor, nn
 
 from linfusion.attention import get_method
 from linfusion.layers.difference import Difference
-from linfusion.layers.displaced import is_fresh
 from linfusion.layers.find import (
     candidates,
     latent_size,
-    model_of,
     refuse_linear_already,
     select,
     serving,
     tokens_at,
 )
 from linfusion.layers.projections import attention_parameters, refuse_quantized
+from linfusion.layers.record import record_of
+from linfusion.layers.watch import is_fresh
 from linfusion.students.loading import fit, student_of
 
 if TYPE_CHECKING:
-    from linfusion.layers.record import Record, TakenLayer
+    from linfusion.attention.method import Method
+    from linfusion.layers.record import TakenLayer
     from linfusion.students.student import LinFusion
 
 
@@ -34,39 +35,41 @@ class Wanted:
     def __init__(
         self,
         model_or_pipe: Any,
-        method: str,
+        mechanism: Method,
         layers: str | Iterable[str] | None,
         size: int | tuple[int, ...] | None,
         options: dict[str, Any],
     ) -> None:
-        self.pipe, self.model, self.method = model_or_pipe, model_of(model_or_pipe), method
+        self.mechanism = mechanism
         self.layers = layers if layers is None or isinstance(layers, str) else list(layers)
         self.size = size
         self.options = {
             name: value
             for name, value in options.items()
-            if value is not None or name in get_method(method).nullable
+            if value is not None or name in mechanism.nullable
         }
+        mechanism.check_options(self.options)
         if layers != "auto" and size is not None:
             raise ValueError(f'size: got {size!r}, which only layers="auto" takes')
         self.latent = latent_size(model_or_pipe, size) if layers == "auto" else ()
 
     def of(
-        self, found: dict[str, Any], side: LinFusion | None
+        self, model: nn.Module, found: dict[str, Any], side: LinFusion | None
     ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor | Difference]]]:
         """Settings of the layers to take, and their tensors, by path; once they are known to fit.
 
         Args:
-            found: the layers that the method may take.
+            model: the model.
+            found: its layers that the method may take.
             side: the student, or None.
 
         Raises:
             ValueError: as `linearize`.
         """
-        mechanism = get_method(self.method)
-        if side is not None and side.config["method"] != self.method:
+        mechanism = self.mechanism
+        if side is not None and side.config["method"] != mechanism.name:
             raise ValueError(
-                f"method: got {self.method!r}, but the weights are a student of method"
+                f"method: got {mechanism.name!r}, but the weights are a student of method"
                 f" {side.config['method']!r}; give the two the same one"
             )
         stored = None if side is None else {entry.path: entry.setting for entry in side.entries}
@@ -74,14 +77,14 @@ class Wanted:
         learned: dict[str, dict[str, Tensor | Difference]] = (
             {path: {} for path in found}
             if side is None
-            else fit(self.model, found, side, partial=self.layers is not None)
+            else fit(model, found, side, partial=self.layers is not None)
         )
         paths = [path for path in found if path in learned and path in settings]
         if self.layers == "auto":
             paths = [
                 path
                 for path in paths
-                if tokens_at(self.model, path, self.latent)
+                if tokens_at(model, path, self.latent)
                 > mechanism.break_even_tokens(found[path], settings[path])
             ]
             if not paths:
@@ -96,21 +99,21 @@ class Wanted:
                 refuse_quantized(path, found[path])
         return {path: settings[path] for path in paths}, {path: learned[path] for path in paths}
 
-    def is_there(self, record: Record, weights: Any) -> bool:
-        """Whether the model is what it would become: the same layers, settings and numbers."""
-        if weights is None and not is_fresh(record):
+    def is_there(self, model: nn.Module, weights: Any) -> bool:
+        """Whether a model is what it would become: the same layers, settings and numbers."""
+        record = record_of(model)
+        if record is None or (weights is None and not is_fresh(record)):
             return False
+        name = self.mechanism.name
         found = {path: taken.layer for path, taken in record.layers.items()}
         try:
-            every = candidates(self.model, self.method) | found
-            side = None if weights is None else student_of(self.model, every, weights, self.method)
-            chosen, learned = self.of(every, side)
+            every = candidates(model, name) | found
+            side = None if weights is None else student_of(model, every, weights, name)
+            chosen, learned = self.of(model, every, side)
         except ValueError:
             return False
-        if chosen != record.settings:
-            return False
-        return all(
-            _holds(record.layers[path], self.method, tensors) for path, tensors in learned.items()
+        return chosen == record.settings and all(
+            _holds(record.layers[path], name, tensors) for path, tensors in learned.items()
         )
 
 

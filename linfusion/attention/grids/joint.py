@@ -14,7 +14,7 @@ whoever trains compares layers with those of a teacher.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from linfusion.attention.grids.local import SHARED
 from linfusion.kernels import TileOrder
 
 HOSTS = ("FluxTransformer2DModel", "FluxControlNetModel", "SD3Transformer2DModel")
@@ -34,7 +35,7 @@ _ARGUMENTS = "joint_attention_kwargs"  # the hosts' own name
 
 # Of ids that are alive: their version, and what they describe.
 _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-# Of a ControlNet's call, from its beginning to its rotary table.
+# Of a call, from its beginning to its embedding of positions.
 _TOLD: ContextVar[Grids | None] = ContextVar("linfusion_grids", default=None)
 
 
@@ -47,10 +48,12 @@ class Grids:
     Attributes:
         sizes: (h, w) of each.
         orders: of the tokens of each, as `window_attention` takes it; None is raster order.
+        shard: where the tokens are those of one of several ranks, `linfusion.parallel.Shard`.
     """
 
     sizes: tuple[tuple[int, int], ...]
     orders: tuple[TileOrder | None, ...]
+    shard: Any = None
 
     @property
     def tokens(self) -> int:
@@ -200,8 +203,7 @@ class _Begin:
         _refuse_unknown(arguments)
         grids = self._read_ids(model, given) if "img_ids" in given else self._read(model, given)
         given[_ARGUMENTS] = {**(arguments or {}), ARGUMENT: grids}
-        if _is_controlnet(model):
-            _TOLD.set(grids)
+        _TOLD.set(grids)
         for name in (
             "block_controlnet_hidden_states",
             "controlnet_block_samples",
@@ -238,22 +240,33 @@ class _Begin:
     def _ordered(self, model: Any, grids: Grids) -> Grids:
         """With the order of this call's tokens."""
         for factor in self.factors:
-            for height, width in grids.sizes:
-                if height % factor or width % factor:
-                    raise ValueError(
-                        f"down_factor: {factor} does not divide the grid of {height} by {width}"
-                        " tokens; with these weights height and width have to be multiples of"
-                        f" {factor} tokens ({16 * factor} pixels)"
-                    )
-        # What a ControlNet returns is for a model that has an order of its own.
-        return grids if _is_controlnet(model) else _in_tiles(grids)
+            refuse_undivided(factor, grids.sizes)
+        # What a ControlNet returns is for a model that has an order of its own; and by rows, a
+        # rank's tiles are not those of the picture.
+        if _is_controlnet(model) or hasattr(model, SHARED) or torch.is_grad_enabled():
+            return grids
+        return replace(grids, orders=tuple(TileOrder(size) for size in grids.sizes))
 
 
-def _in_tiles(grids: Grids) -> Grids:
-    """In tile order, but for training; the same wherever one call asks."""
-    if torch.is_grad_enabled():
-        return grids
-    return replace(grids, orders=tuple(TileOrder(size) for size in grids.sizes))
+def refuse_undivided(factor: int, sizes: Iterable[Sequence[int]]) -> None:
+    """Refuse grids that cells of `factor` by `factor` tokens do not fill.
+
+    Raises:
+        ValueError: one of them.
+    """
+    for height, width in sizes:
+        if height % factor or width % factor:
+            raise ValueError(
+                f"down_factor: {factor} does not divide the grid of {height} by {width} tokens;"
+                f" with these weights height and width have to be multiples of {factor} tokens"
+                f" ({16 * factor} pixels)"
+            )
+
+
+def factors_of(model: nn.Module) -> tuple[int, ...]:
+    """The `down_factor`s of the layers of a model that `attach` was called with."""
+    hooks = model._forward_pre_hooks.values()
+    return next(hook.factors for hook in hooks if isinstance(hook, _Begin))
 
 
 class _Stretch:
@@ -280,9 +293,9 @@ def _hand_on(pos_embed: Any, args: Any, output: Any) -> RotaryTable:
 
 def _order_patches(pos_embed: Any, args: Any, output: Tensor) -> Tensor:
     """After the patches of Stable Diffusion 3, which come as a picture: in order."""
-    height, width = args[0].shape[-2:]
-    patch = pos_embed.patch_size
-    return _in_tiles(Grids(((height // patch, width // patch),), (None,))).permute(output)
+    grids = _TOLD.get()
+    assert grids is not None  # the model's hook ran before
+    return grids.permute(output)
 
 
 def _finish(model: Any, args: Any, kwargs: Any, output: Any) -> Any:

@@ -8,6 +8,7 @@ sm_90 and sm_100) and below 64 KiB on AMD. They have never been timed on a GPU.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 
@@ -25,15 +26,15 @@ class Tile(NamedTuple):
 # above 256 where that has one of its own.
 _TILES: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
     ("cuda", "state", 2): [(64, 64, 64, 8, 3), (64, 64, 128, 8, 3), (32, 64, 128, 8, 3)],
-    ("cuda", "state", 4): [(32, 64, 64, 8, 3), (32, 64, 128, 8, 2), (32, 64, 128, 8, 2)],
+    ("cuda", "state", 4): [(32, 64, 64, 4, 3), (32, 64, 128, 8, 2), (32, 64, 128, 8, 2)],
     ("cuda", "out", 2): [
         (128, 64, 64, 8, 1),
         (128, 32, 128, 8, 2),
         (128, 32, 256, 8, 2),
         (128, 32, 128, 8, 2),
     ],
-    ("cuda", "out", 4): [(64, 32, 64, 8, 2), (64, 32, 128, 8, 2), (64, 32, 128, 8, 2)],
-    ("cuda", "bwd_q", 2): [(64, 64, 64, 8, 1)],
+    ("cuda", "out", 4): [(64, 32, 64, 4, 2), (64, 32, 128, 8, 2), (64, 32, 128, 8, 2)],
+    ("cuda", "bwd_q", 2): [(64, 64, 64, 4, 1)],
     ("cuda", "bwd_q_rows", 2): [
         (64, 64, 64, 8, 1),
         (64, 128, 64, 8, 1),
@@ -65,6 +66,7 @@ def fuses_backward(vendor: str, d: int, dv: int, itemsize: int) -> bool:
     return max(d, dv) <= 64 and not (vendor == "cuda" and itemsize == 4)
 
 
+@functools.lru_cache(1024)
 def tile_for(vendor: str, kernel: str, d: int, dv: int, itemsize: int) -> Tile:
     """The tile of `kernel` for heads of `d` by `dv`, cut down to powers of two that cover them."""
     widest = max(d, dv)
@@ -74,6 +76,7 @@ def tile_for(vendor: str, kernel: str, d: int, dv: int, itemsize: int) -> Tile:
     return tile._replace(d=min(tile.d, _cover(d)), e=min(tile.e, _cover(dv)))
 
 
+@functools.lru_cache(1024)
 def num_splits(tokens: int, d: int, groups: int, block: int, multiprocessors: int) -> int:
     """How many programs share the tokens of one head.
 

@@ -8,6 +8,7 @@ timed on a GPU.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 
@@ -27,23 +28,20 @@ class Step(NamedTuple):
 _STEPS: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
     ("cuda", "states", 2): [(64, 64, 64, 4, 2), (64, 64, 64, 4, 2)],
     ("cuda", "states", 4): [(32, 32, 32, 8, 2), (32, 32, 32, 8, 2)],
-    ("cuda", "read", 2): [(64, 64, 64, 8, 2), (64, 64, 128, 8, 2)],
-    ("cuda", "read both", 2): [(64, 64, 64, 8, 2), (64, 64, 128, 8, 2)],
+    ("cuda", "read", 2): [(64, 64, 64, 4, 2), (64, 64, 128, 8, 2)],
     ("cuda", "read", 4): [(32, 32, 64, 8, 1), (16, 16, 128, 8, 1)],
-    ("cuda", "read both", 4): [(16, 32, 64, 8, 1), (16, 16, 128, 8, 1)],
-    ("cuda", "keys", 2): [(64, 32, 64, 8, 1), (64, 32, 32, 8, 2)],
+    ("cuda", "keys", 2): [(64, 32, 64, 4, 1), (64, 32, 32, 8, 2)],
     ("cuda", "keys", 4): [(32, 32, 16, 8, 1), (32, 16, 32, 8, 1)],
     ("hip", "states", 2): [(64, 64, 64, 4, 1), (64, 64, 64, 4, 1)],
     ("hip", "states", 4): [(32, 32, 32, 4, 1), (32, 32, 32, 4, 1)],
     ("hip", "read", 2): [(64, 16, 64, 4, 1), (64, 16, 128, 4, 1)],
-    ("hip", "read both", 2): [(64, 16, 64, 4, 1), (64, 16, 128, 4, 1)],
     ("hip", "read", 4): [(64, 16, 64, 4, 1), (64, 16, 128, 4, 1)],
-    ("hip", "read both", 4): [(64, 16, 64, 4, 1), (64, 16, 128, 4, 1)],
     ("hip", "keys", 2): [(64, 16, 64, 4, 1), (32, 16, 64, 4, 1)],
     ("hip", "keys", 4): [(32, 16, 32, 4, 1), (32, 16, 32, 4, 1)],
 }
 
 
+@functools.lru_cache(1024)
 def step_for(vendor: str, kernel: str, widest: int, itemsize: int, chunk: int) -> Step:
     """The step of `kernel` for chunks of `chunk` tokens and P and N up to `widest`."""
     step = Step(*_STEPS[vendor, kernel, itemsize][0 if widest <= 64 else 1])
