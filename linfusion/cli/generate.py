@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import secrets
@@ -14,7 +15,9 @@ from typer import Argument, Option
 
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, say, working
-from linfusion.cli.size import choose_size
+from linfusion.cli.kinds import refuse_other_kinds
+from linfusion.cli.ranks import ParallelOption, join_ranks
+from linfusion.cli.size import check_pixels, choose_size
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -82,6 +85,7 @@ def generate(
     pipeline_kwargs: Annotated[
         str | None, Option(metavar="JSON", help="More arguments of the pipeline's call.")
     ] = None,
+    parallel: ParallelOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts.
@@ -107,13 +111,19 @@ def generate(
     load.check_model(model)
     if softmax and (weights or layers):
         raise ValueError("--softmax: takes no --weights and no --layers")
-    seed = secrets.randbelow(2**32) if seed is None else seed
+    if parallel and (softmax or compile_blocks):
+        raise ValueError(
+            "parallel: takes neither --softmax nor --compile; what is shared is linear attention"
+        )
+    place = join_ranks(parallel)
+    seed = place.agreed(secrets.randbelow(2**32) if seed is None else seed)
     paths = output_paths(output, prompts, num_images_per_prompt, seed)
 
-    from linfusion.pipelines.arguments import draw_arguments
+    from linfusion.pipelines.arguments import draw_arguments, pixel_multiple
     from linfusion.summary import summary
 
     with working(f"loading {model}"):
+        refuse_other_kinds(model, revision=revision, token=token)
         pipe = load.load_pipeline(
             model,
             dtype=dtype,
@@ -123,8 +133,6 @@ def generate(
             device_map=device_map,
             cpu_offload=cpu_offload,
         )
-        if type(pipe).__name__ == "LinGenPipeline":
-            raise ValueError(f"model: {model} draws videos; use linfusion video")
         of_classes = hasattr(pipe, "labels")
         if of_classes != bool(classes):
             raise ValueError(
@@ -135,6 +143,8 @@ def generate(
         for text in [*prompts, *([negative_prompt] if negative_prompt else [])]:
             check_length(pipe, text)
         pixels = load.size_in_pixels(pipe, height, width)
+        for name, side in zip(("height", "width"), pixels, strict=True):
+            check_pixels(name, side, pixel_multiple(pipe))
         call |= {"height": pixels[0], "width": pixels[1]}
         call |= draw_arguments(pipe, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
         call |= more
@@ -153,6 +163,7 @@ def generate(
             vae_slicing=vae_slicing,
             compile_blocks=compile_blocks,
         )
+        place.share(pipe)
         common = {
             "model": model,
             "method": "softmax" if softmax else summary(pipe).method,
@@ -166,9 +177,12 @@ def generate(
             image, seconds = _draw(pipe, prompt, seed + i, call)
             described = {"prompt": prompt, "seed": seed + i, "seconds": round(seconds, 3)}
             described |= {"width": image.width, "height": image.height}
-            save_png(image, path, {**common, **described, "call": call})
             images.append({"path": str(path), **described})
-            say(f"{image.width}x{image.height} in {seconds:.1f} s, seed {seed + i}")
+            if place.first:
+                save_png(image, path, {**common, **described, "call": call})
+                say(f"{image.width}x{image.height} in {seconds:.1f} s, seed {seed + i}")
+    if not place.first:
+        return
     if as_json:
         emit_json({**common, "call": call, "images": images})
     else:
@@ -257,6 +271,8 @@ def _draw(
 def _at_least(least: int, name: str, value: float | None) -> float | None:
     if value is not None and not value >= least:  # `not >=` also refuses nan
         raise ValueError(f"{name}: {value}; accepted is {least} or more")
+    if value == math.inf:
+        raise ValueError(f"{name}: {value}; accepted are finite numbers")
     return value
 
 

@@ -17,13 +17,14 @@ def parse_size(size: str) -> tuple[int, int]:
     return check_pixels("height", int(match[2] or match[1])), check_pixels("width", int(match[1]))
 
 
-def check_pixels(name: str, pixels: int) -> int:
-    """Refuse a side that is no multiple of the 8 pixels of a latent, and offer the nearest."""
-    if pixels < 8 or pixels % 8:
-        low = pixels // 8 * 8
-        near = f"{low} and {low + 8}" if low else "8"
+def check_pixels(name: str, pixels: int, unit: int = 8) -> int:
+    """Refuse a side that is no multiple of a latent's or token's `unit`, and offer the nearest."""
+    if pixels < unit or pixels % unit:
+        low = pixels // unit * unit
+        near = f"{low} and {low + unit}" if low else f"{unit}"
         raise ValueError(
-            f"{name}: {pixels} px; accepted are multiples of 8, from 8 up; nearest: {near}"
+            f"{name}: {pixels} px; accepted are multiples of {unit}, from {unit} up; nearest:"
+            f" {near}"
         )
     return pixels
 

@@ -13,6 +13,8 @@ from typer import Argument, Option
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, say, working
 from linfusion.cli.generate import check_length, check_prompts
+from linfusion.cli.kinds import refuse_all_but
+from linfusion.cli.ranks import ParallelOption, join_ranks
 from linfusion.cli.size import choose_size
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ def video(
     revision: load.RevisionOption = None,
     token: load.TokenOption = None,
     device_map: load.DeviceMapOption = None,
+    parallel: ParallelOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw a video in memory that does not grow with its length, writing it as it comes.
@@ -88,6 +91,8 @@ def video(
             f"start: got {len(starts or [])} for {len(prompts)} prompts; accepted is one for each"
             " prompt after the first"
         )
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: {guidance_scale}; accepted are finite numbers")
     for name, number in (("seconds", seconds), ("fps", fps)):
         if not 0 < number < math.inf:
             raise ValueError(f"{name}: {number}; accepted are numbers above 0")
@@ -99,6 +104,9 @@ def video(
         raise ValueError("image: got one beside --continue; accepted is one of them")
     load.check_model(model)
     check_writable("output", output.parent)
+    if parallel and state is not None:
+        raise ValueError("parallel: does not take --state, which is of one process")
+    place = join_ranks(parallel)
 
     import torch
 
@@ -110,10 +118,11 @@ def video(
     if resume and seed is None and seed_of(state) is not None:
         generator = None  # the seed is in the folder
     else:
-        seed = secrets.randbelow(2**32) if seed is None else seed
+        seed = place.agreed(secrets.randbelow(2**32) if seed is None else seed)
         generator = torch.Generator().manual_seed(seed)
     with working(f"loading {model}"):
         pipe = _load(model, dtype, variant, revision, token, device_map)
+        place.share(pipe)
         for text in [*prompts, *([negative_prompt] if negative_prompt else [])]:
             check_length(pipe, text)
         call: dict[str, Any] = {
@@ -140,6 +149,10 @@ def video(
             **call,
         )
         first = None
+        if not place.first:  # it computes its rows; the first one writes
+            for _ in stream:
+                pass
+            return
         with open_video(output, fps, (call["width"], call["height"]), codec=codec) as out:
             try:
                 for frames in stream:
@@ -178,6 +191,7 @@ def _load(
     """
     from linfusion.pipelines.lingen.pipeline import LinGenPipeline
 
+    refuse_all_but("LinGenPipeline", model, revision=revision, token=token)
     pipe = load.load_pipeline(
         model,
         dtype=dtype,
@@ -186,8 +200,7 @@ def _load(
         token=token,
         device_map=device_map,
     )
-    if not isinstance(pipe, LinGenPipeline):
-        raise ValueError(f"model: {model} is a {type(pipe).__name__}, which draws no videos")
+    assert isinstance(pipe, LinGenPipeline)
     pipe.set_progress_bar_config(desc="drawing", unit="step")
     return pipe
 

@@ -141,6 +141,10 @@ WRONG = {
     ),
     "steps": ([PROMPT, "--steps", "0"], "num_inference_steps: 0; accepted is 1 or more"),
     "guidance": ([PROMPT, "--guidance-scale", "nan"], "guidance_scale: nan; accepted is 0 or more"),
+    "infinite guidance": (
+        [PROMPT, "--guidance-scale", "inf"],
+        "guidance_scale: inf; accepted are finite",
+    ),
     "format": (
         [PROMPT, "-o", "x.jpg"],
         "output: 'x.jpg' is neither a .png file nor a folder",
