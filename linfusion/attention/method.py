@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from linfusion.attention.hosts.layers import pixel_layers
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
@@ -37,23 +39,25 @@ class Method:
     config.json under `setting_key`.
 
     Attributes:
-        name: what `linearize(model, name)` takes.
-        processor: class of the stateless processor; constructible without arguments.
+        name: what `linearize(model, name)` takes, and the trainer and the command line.
+        processor: class, or classes, of its processors.
+        options: dataclass of what `linearize(model, name, **options)` takes, each with a default;
+            it checks their values.
         layers: `(model) -> {path: attention layer}` that the method may take; ValueError if there
             are none.
         setting_key: name of a layer's setting in a checkpoint's `modules_list`.
         settings: `(layers, stored, options) -> {path: setting}`, from all layers by path, the
-            options of `linearize` and the settings `stored` with the weights, by path, or None
-            without weights; a path left out stays softmax. ValueError for an option it does not
-            have or the weights do not allow.
+            options of `linearize`, of which all are fields of `options`, and the settings `stored`
+            with the weights, by path, or None without weights; a path left out stays softmax.
+            ValueError for an option the weights do not allow.
         child: `(attn, setting) -> module`, the freshly initialised learned part that hangs on the
             layer as `attn.<name>`; a fresh one changes nothing. Of `attn` only `query_dim` and
             `heads` are read, which an entry of a checkpoint has as well.
         inherit: `(attn, child)`, gives a fresh child what it takes over of the layer's weights, or
             None if that is nothing; called where those are at hand, whatever offloads them.
         is_fresh: whether a child still has the weights it was made with.
-        break_even_tokens: `(attn, setting) -> tokens` from which on the layer costs less than
-            softmax.
+        break_even_tokens: `(attn, setting) -> tokens` from which on the layer has fewer
+            multiplications than softmax.
         state_bytes: bytes of the fp32 state a layer keeps per picture.
         projections: whether to_q, to_k, to_v and to_out are what a student consists of, so that
             they are always saved with it.
@@ -69,10 +73,13 @@ class Method:
         attach: `(model, settings)`, puts on the whole model what the layers need to know; called
             after `linearize`.
         detach: `(model)`, takes that off again.
+        processor_of: `(model) -> (attn) -> processor` that takes a layer over, made of the one it
+            has; None is one of the class, without state, for all layers.
     """
 
     name: str
-    processor: type
+    processor: type | tuple[type, ...]
+    options: type
     layers: Callable[[nn.Module], dict[str, Any]]
     setting_key: str
     settings: Callable[
@@ -92,6 +99,65 @@ class Method:
     nullable: tuple[str, ...] = ()
     attach: Callable[[nn.Module, Mapping[str, Any]], None] = lambda model, settings: None
     detach: Callable[[nn.Module], None] = lambda model: None
+    processor_of: Callable[[nn.Module], Callable[[Any], Any]] | None = None
+
+    def processors(self, model: nn.Module) -> Callable[[Any], Any]:
+        """What makes the processor that takes a layer over."""
+        if self.processor_of is not None:
+            return self.processor_of(model)
+        assert isinstance(self.processor, type)
+        one = self.processor()
+        return lambda attn: one
+
+    @property
+    def option_names(self) -> list[str]:
+        """Names of what `linearize(model, name, **options)` takes."""
+        return [field.name for field in fields(self.options)]
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse what the method does not have, and values out of range.
+
+        Raises:
+            ValueError: the message names the option.
+        """
+        for name in options:
+            if name not in self.option_names:
+                raise ValueError(
+                    f"{name}: method {self.name!r} has no such option; it has"
+                    f" {', '.join(self.option_names)}"
+                )
+        self.options(**options)
+
+
+def same_settings(
+    paths: Iterable[str],
+    stored: Mapping[str, Any] | None,
+    options: Any,
+    typed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The settings of a method whose layers all have its options, as plain data.
+
+    Args:
+        paths: of all layers.
+        stored: settings that came with weights, by path, or None.
+        options: a dataclass, or the settings of one layer.
+        typed: the options as they came, for the message, where settings are another form of them.
+
+    Raises:
+        ValueError: an option other than that of the weights.
+    """
+    given = asdict(options) if is_dataclass(options) and not isinstance(options, type) else options
+    if stored is None:
+        return {path: dict(given) for path in paths}
+    for path, setting in stored.items():
+        for name, value in given.items():
+            if setting.get(name) != value:
+                came = value if typed is None else typed[name]
+                raise ValueError(
+                    f"{name}: got {came!r}, but {path} of the weights has {setting.get(name)!r};"
+                    " leave it out"
+                )
+    return dict(stored)
 
 
 @dataclass(frozen=True)
@@ -112,8 +178,29 @@ class StudentFile:
 
 def channels_of(attn: Any) -> int:
     """Channels of the tokens that come into a layer, or into an entry of a checkpoint."""
-    width: int = attn.query_dim if hasattr(attn, "query_dim") else attn.to_q.in_features
+    width: int = attn.query_dim if hasattr(attn, "query_dim") else _first_linear(attn).in_features
     return width
+
+
+def heads_of(attn: Any) -> int:
+    """Heads of the queries of a layer, or of an entry of a checkpoint."""
+    heads: int = attn.heads if hasattr(attn, "heads") else attn.num_heads
+    return heads
+
+
+def head_dim_of(attn: Any) -> int:
+    """Channels of a head of a layer, or of an entry of a checkpoint."""
+    if getattr(attn, "head_dim", None) is not None:
+        return int(attn.head_dim)
+    if getattr(attn, "inner_dim", None) is not None:
+        return int(attn.inner_dim) // heads_of(attn)
+    return int(_first_linear(attn).out_features) // heads_of(attn)
+
+
+def _first_linear(attn: Any) -> Any:
+    """The projection of the queries, or of queries, keys and values in one."""
+    linear = next(m for m in attn.modules() if hasattr(m, "in_features"))
+    return getattr(linear, "base_layer", linear)  # LoRA wraps the layer
 
 
 def unsupported(attn: Attention) -> str | None:
@@ -144,15 +231,17 @@ def self_attention(model: nn.Module, *, processor: type) -> dict[str, Attention]
     """
     from diffusers.models.attention_processor import Attention
 
+    pixels = pixel_layers(model)
     found = {
         path: module
         for path, module in model.named_modules()
         if path
         and isinstance(module, Attention)
+        and (pixels is None or pixels(path))
+        and (type(module.processor).__name__ in _PLAIN or isinstance(module.processor, processor))
         and not module.is_cross_attention
         and not _TEMPORAL.search(path)
         and unsupported(module) is None
-        and (type(module.processor).__name__ in _PLAIN or isinstance(module.processor, processor))
     }
     if not found:
         raise ValueError(

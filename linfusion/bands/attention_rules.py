@@ -67,6 +67,8 @@ def _linear_attention(
         piece = None if key_weight is None else key_weight[:, start * line : stop * line]
         part = linear_state(keys, values, key_weight=piece, **options)
         state = part if state is None else state.merge(part)
+    if engine.share is not None and state is not None:
+        state = engine.share.ranks.merge_states(state)
     width, dtype = v.node.shape[-1], v.node.dtype
 
     def read(t: Tensor) -> Tensor:

@@ -72,6 +72,8 @@ def _moments(node: Node, groups: int) -> tuple[Tensor, Tensor]:
         delta = band_mean - mean
         mean = mean + delta * share
         variance = variance + (band_variance - variance + delta.square() * (1 - share)) * share
+    if node.engine.share is not None and not node.engine.dry:
+        return node.engine.share.ranks.merge_moments(seen, mean, variance * seen)
     return mean, variance
 
 

@@ -16,6 +16,7 @@ from typer import Argument, Option
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, say, working
 from linfusion.cli.kinds import refuse_other_kinds
+from linfusion.cli.ranks import ParallelOption, join_ranks
 from linfusion.cli.size import check_pixels, choose_size
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def generate(
     pipeline_kwargs: Annotated[
         str | None, Option(metavar="JSON", help="More arguments of the pipeline's call.")
     ] = None,
+    parallel: ParallelOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts.
@@ -109,7 +111,12 @@ def generate(
     load.check_model(model)
     if softmax and (weights or layers):
         raise ValueError("--softmax: takes no --weights and no --layers")
-    seed = secrets.randbelow(2**32) if seed is None else seed
+    if parallel and (softmax or compile_blocks):
+        raise ValueError(
+            "parallel: takes neither --softmax nor --compile; what is shared is linear attention"
+        )
+    place = join_ranks(parallel)
+    seed = place.agreed(secrets.randbelow(2**32) if seed is None else seed)
     paths = output_paths(output, prompts, num_images_per_prompt, seed)
 
     from linfusion.pipelines.arguments import draw_arguments, pixel_multiple
@@ -156,6 +163,7 @@ def generate(
             vae_slicing=vae_slicing,
             compile_blocks=compile_blocks,
         )
+        place.share(pipe)
         common = {
             "model": model,
             "method": "softmax" if softmax else summary(pipe).method,
@@ -169,9 +177,12 @@ def generate(
             image, seconds = _draw(pipe, prompt, seed + i, call)
             described = {"prompt": prompt, "seed": seed + i, "seconds": round(seconds, 3)}
             described |= {"width": image.width, "height": image.height}
-            save_png(image, path, {**common, **described, "call": call})
             images.append({"path": str(path), **described})
-            say(f"{image.width}x{image.height} in {seconds:.1f} s, seed {seed + i}")
+            if place.first:
+                save_png(image, path, {**common, **described, "call": call})
+                say(f"{image.width}x{image.height} in {seconds:.1f} s, seed {seed + i}")
+    if not place.first:
+        return
     if as_json:
         emit_json({**common, "call": call, "images": images})
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +12,7 @@ from typer import Argument, Option
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, emit_table, say, working
 from linfusion.cli.generate import check_length, check_prompts
+from linfusion.cli.ranks import ParallelOption, join_ranks
 from linfusion.cli.size import choose_size
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ def upscale(
     pipeline_kwargs: Annotated[
         str | None, Option(metavar="JSON", help="More arguments of the pipeline's call.")
     ] = None,
+    parallel: ParallelOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw or enlarge a picture, stage by stage, up to 16K and within a memory budget.
@@ -137,6 +140,13 @@ def upscale(
     loras = load.parse_lora(lora)
     load.check_model(model)
     check_writable("output", output.parent)
+    if parallel and (state is not None or softmax or dry_run):
+        raise ValueError(
+            "parallel: takes neither --state nor --dry-run, which are of one process, nor --softmax"
+        )
+    place = join_ranks(parallel)
+    if parallel:
+        seed = place.agreed(secrets.randbelow(2**32) if seed is None else seed)
 
     import torch
 
@@ -177,14 +187,24 @@ def upscale(
             vae_slicing=False,
             compile_blocks=False,
         )
+        if parallel and is_transformer(pipe):
+            raise ValueError(
+                f"parallel: the stages of {type(pipe.transformer).__name__} have other attention"
+                " than the first, so it cannot stay shared; accepted are pipelines with a UNet"
+            )
+        place.share(pipe)
         highres = HighResPipeline(pipe, memory_budget=memory_budget, scratch=scratch, clear=clear)
         if dry_run:
             plan = highres.plan(prompt, **call)
         else:
             generator = None if seed is None else torch.Generator().manual_seed(seed)
+            if not place.first:  # it computes its rows; the first one writes
+                call |= {"output": None, "output_type": "latent"}
             begun = time.perf_counter()
             made = highres(prompt, generator=generator, state=state, resume=resume, **call)
             seconds = round(time.perf_counter() - begun, 3)
+            if not place.first:
+                return
             say(f"{pixels[1]}x{pixels[0]} in {seconds:.1f} s")
     if dry_run:
         _show(plan, as_json)

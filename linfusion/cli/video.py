@@ -14,6 +14,7 @@ from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, say, working
 from linfusion.cli.generate import check_length, check_prompts
 from linfusion.cli.kinds import refuse_all_but
+from linfusion.cli.ranks import ParallelOption, join_ranks
 from linfusion.cli.size import choose_size
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def video(
     revision: load.RevisionOption = None,
     token: load.TokenOption = None,
     device_map: load.DeviceMapOption = None,
+    parallel: ParallelOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw a video in memory that does not grow with its length, writing it as it comes.
@@ -102,6 +104,9 @@ def video(
         raise ValueError("image: got one beside --continue; accepted is one of them")
     load.check_model(model)
     check_writable("output", output.parent)
+    if parallel and state is not None:
+        raise ValueError("parallel: does not take --state, which is of one process")
+    place = join_ranks(parallel)
 
     import torch
 
@@ -113,10 +118,11 @@ def video(
     if resume and seed is None and seed_of(state) is not None:
         generator = None  # the seed is in the folder
     else:
-        seed = secrets.randbelow(2**32) if seed is None else seed
+        seed = place.agreed(secrets.randbelow(2**32) if seed is None else seed)
         generator = torch.Generator().manual_seed(seed)
     with working(f"loading {model}"):
         pipe = _load(model, dtype, variant, revision, token, device_map)
+        place.share(pipe)
         for text in [*prompts, *([negative_prompt] if negative_prompt else [])]:
             check_length(pipe, text)
         call: dict[str, Any] = {
@@ -143,6 +149,10 @@ def video(
             **call,
         )
         first = None
+        if not place.first:  # it computes its rows; the first one writes
+            for _ in stream:
+                pass
+            return
         with open_video(output, fps, (call["width"], call["height"]), codec=codec) as out:
             try:
                 for frames in stream:

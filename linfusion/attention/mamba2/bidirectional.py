@@ -58,8 +58,7 @@ class BiMamba2(nn.Module):
         conv_act: "silu" after the convolution, or None (layers made from attention).
         rmsnorm: whether y is normalised, or only gated.
         bias: whether the projections have one.
-        chunk_size: of the scan, at most 64; changes time and rounding only. On a CPU about headdim
-            is fastest.
+        chunk_size: of the scan; changes time and rounding only. None is what `ssd_scan` takes.
         norm_eps: of the norm.
         qk_norm: of B and C after the convolution, for layers made from attention that norms its
             keys and queries: one of `QK_NORMS`, as diffusers calls them, or None. C is then scaled
@@ -86,7 +85,7 @@ class BiMamba2(nn.Module):
         conv_act: str | None = "silu",
         rmsnorm: bool = True,
         bias: bool = False,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         norm_eps: float = 1e-5,
         qk_norm: str | None = None,
         qk_norm_eps: float | None = 1e-6,
@@ -95,7 +94,9 @@ class BiMamba2(nn.Module):
         average: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
+        check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv)
+        if chunk_size is not None:
+            check_sizes(chunk_size=chunk_size)
         if bidirectional not in DIRECTIONS:
             raise ValueError(f"bidirectional: got {bidirectional!r}, expected one of {DIRECTIONS}")
         if conv_act not in ("silu", None):

@@ -104,8 +104,7 @@ class Mamba2(nn.Module):
         dt_min, dt_max, dt_init_floor: range of the first steps Δ, drawn log-uniformly.
         dt_limit: smallest and largest Δ.
         bias, conv_bias: whether projections and convolution have one.
-        chunk_size: of the scan, at most 64; changes time and rounding only. On a CPU about headdim
-            is fastest.
+        chunk_size: of the scan; changes time and rounding only. None is what `ssd_scan` takes.
         norm_eps: of the norm.
 
     Raises:
@@ -132,11 +131,13 @@ class Mamba2(nn.Module):
         dt_limit: tuple[float, float] = (0.0, math.inf),
         bias: bool = False,
         conv_bias: bool = True,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
+        check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv)
+        if chunk_size is not None:
+            check_sizes(chunk_size=chunk_size)
         d_inner = inner_channels(d_model, expand)
         d_ssm = d_inner if d_ssm is None else d_ssm
         check_sizes(d_ssm=d_ssm)
