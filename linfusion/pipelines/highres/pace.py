@@ -95,7 +95,8 @@ def line(taken: Sequence[tuple[int, float]]) -> Callable[[int], float]:
         slope = (total(0, 0) * total(1, 1) - total(1, 0) * total(0, 1)) / determinant
         fixed = (total(0, 1) - slope * total(1, 0)) / total(0, 0)
     if slope <= 0 or fixed < 0:
-        slope, fixed = total(1, 1) / total(2, 0), 0.0
+        flops, seconds = max(taken)
+        slope, fixed = seconds / flops, 0.0
     return lambda flops: fixed + slope * flops
 
 

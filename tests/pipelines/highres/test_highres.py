@@ -50,6 +50,7 @@ from tests.tiny import (
     tiny_scheduler,
     tiny_sd_pipeline,
     tiny_unet,
+    tiny_vae,
     tiny_xl_pipeline,
     tiny_xl_unet,
 )
@@ -456,8 +457,7 @@ def test_the_budget_that_a_refusal_names_is_the_smallest_that_does(tmp_path):
         HighResPipeline(pipe, memory_budget=int(least * 0.93e6)).plan(**call, measure=False)
 
 
-@pytest.mark.parametrize("budget", [None, "30GB"])
-def test_a_plan_of_a_gigapixel_makes_no_large_tensor(budget):
+def test_a_plan_of_a_gigapixel_makes_no_large_tensor():
     class Largest(TorchDispatchMode):
         nbytes = 0
 
@@ -471,7 +471,7 @@ def test_a_plan_of_a_gigapixel_makes_no_large_tensor(budget):
     pipe = tiny_sd_pipeline()
     call = {"base_size": 64, "size": 1 << 15, "factor": 600.0, "num_inference_steps": 4}
     with Largest() as seen:
-        plan = HighResPipeline(pipe, memory_budget=budget).plan("a", **call, measure=False)
+        plan = HighResPipeline(pipe).plan("a", **call, measure=False)
     assert [w.width for w in plan.work] == [64, 64, *[1 << 15] * 3]
     assert seen.nbytes <= 1 << 26
 
@@ -489,7 +489,9 @@ def test_a_plan_does_not_carry_what_a_step_costs_at_any_size(monkeypatch):
         return ledger, took(ledger.flops)
 
     monkeypatch.setattr(pace, "run_once", run_once)
-    plan = HighResPipeline(tiny_sd_pipeline()).plan("a", size=1024, num_inference_steps=4)
+    plan = HighResPipeline(tiny_sd_pipeline()).plan(
+        "a", size=1024, num_inference_steps=4, strengths=0.5
+    )
     expected = sum(w.steps * took(w.flops) for w in plan.work)
     assert plan.seconds == pytest.approx(expected, rel=0.05)
 
@@ -501,12 +503,12 @@ def test_a_plan_does_not_carry_what_a_step_costs_at_any_size(monkeypatch):
         ([(1, 3.0), (4, 9.0), (16, 33.0)], 0, 1.0),
         ([(4, 2.0)], 8, 4.0),
         ([(4, 2.0), (4, 2.0)], 8, 4.0),
-        ([(1, 1.0), (4, 16.0)], 8, 8 * 5 / 2),  # faster where smaller: no time below none
-        ([(1, 2.0), (4, 1.0)], 8, 3.0),
+        ([(1, 1.0), (4, 16.0)], 8, 32.0),  # no time below none: as the largest
+        ([(1, 2.0), (4, 1.0)], 8, 2.0),
     ],
 )
 def test_the_pace_is_the_line_through_what_was_measured(taken, at, seconds):
-    assert pace.line(taken)(at) == pytest.approx(seconds, rel=0.35)
+    assert pace.line(taken)(at) == pytest.approx(seconds, rel=1e-6)
 
 
 def test_a_clock_is_read_when_the_accelerator_is_done(monkeypatch):
@@ -574,7 +576,10 @@ def test_a_scheduler_of_two_calls_a_step_is_refused_for_guided():
         (lambda: tiny_sd_pipeline(vae=AutoencoderTiny()), "has no AutoencoderKL as its vae"),
         (lambda: tiny_sd_pipeline(LatentConsistencyModelPipeline), "steps and a guidance of its"),
         (lambda: tiny_sd_pipeline(unet=tiny_unet(in_channels=9)), "denoises 9 channels"),
-        (lambda: KandinskyV22Pipeline(tiny_unet(), tiny_scheduler(), None), "draws from no prompt"),
+        (
+            lambda: KandinskyV22Pipeline(tiny_unet(), tiny_scheduler(), tiny_vae()),
+            "draws from no prompt",
+        ),
         (lambda: tiny_flux_pipeline(FluxInpaintPipeline), "FluxInpaintPipeline fills masks"),
         (lambda: tiny_flux_pipeline(FluxControlPipeline), "draws after a control picture"),
     ],
