@@ -24,9 +24,14 @@ from linfusion.pipelines.highres.denoise import denoise, whole_picture
 from linfusion.pipelines.highres.forecast import Memory, engine_for, forecast, latents_dtype
 from linfusion.pipelines.highres.guided import Scales, Statistics, restandardise, statistics
 from linfusion.pipelines.highres.hosts import controlnets, image_to_image, is_transformer
-from linfusion.pipelines.highres.pace import make_plan
+from linfusion.pipelines.highres.pace import (
+    advance,
+    decode_weight,
+    make_plan,
+    progress,
+    step_weight,
+)
 from linfusion.pipelines.highres.plan import Plan
-from linfusion.pipelines.highres.progress import advance, decode_weight, progress, step_weight
 from linfusion.pipelines.highres.record import about_run, what_decides
 from linfusion.pipelines.highres.shift import shifted
 from linfusion.pipelines.highres.stages import Job, Stage, make_job, one_generator

@@ -22,23 +22,21 @@ from linfusion.pipelines.highres.hosts import (
     recipe,
 )
 from linfusion.pipelines.highres.settings import (
+    check_side,
     control_pictures,
+    first_size,
     further_arguments,
     guidance_scales,
     negative,
+    picture_size,
     pixels_of,
     pull_weight,
     refuse_beyond_positions,
-    strengths_of,
-)
-from linfusion.pipelines.highres.shift import stage_shift
-from linfusion.pipelines.highres.sizes import (
-    check_side,
-    first_size,
-    picture_size,
     split,
+    strengths_of,
     target_size,
 )
+from linfusion.pipelines.highres.shift import stage_shift
 
 STRATEGIES = ("sdedit", "guided", "superres")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -41,7 +41,7 @@ from linfusion import HighResPipeline
 from linfusion.files.enlarged import Enlarged
 from linfusion.files.picture_reader import read, read_parameters
 from linfusion.pipelines.highres import forecast, guided, pace
-from linfusion.pipelines.highres.sizes import split
+from linfusion.pipelines.highres.settings import split
 from tests.compat.test_adapters import with_ip_adapter
 from tests.student_files import student_for
 from tests.tiny import (
