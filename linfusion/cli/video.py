@@ -13,7 +13,6 @@ from typer import Argument, Option
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, say, working
 from linfusion.cli.generate import check_length, check_prompts
-from linfusion.cli.kinds import refuse_all_but
 from linfusion.cli.ranks import ParallelOption, join_ranks
 from linfusion.cli.size import choose_size
 
@@ -187,9 +186,11 @@ def _load(
     Raises:
         ValueError: a pipeline of another kind.
     """
+    from linfusion.pipelines.kinds import refuse_all_but
     from linfusion.pipelines.lingen.pipeline import LinGenPipeline
 
-    refuse_all_but("LinGenPipeline", model, revision=revision, token=token)
+    where = load.check_model(model)
+    refuse_all_but("LinGenPipeline", model, where, revision=revision, token=token)
     pipe = load.load_pipeline(
         model,
         dtype=dtype,
