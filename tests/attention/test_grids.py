@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import threading
 
 import pytest
@@ -12,7 +11,6 @@ from peft import LoraConfig
 from torch import nn
 
 import linfusion
-from linfusion.attention.grids import joint
 from tests.tiny_joint import (
     flux_inputs,
     forward,
@@ -152,20 +150,3 @@ def test_a_lit_and_a_mate_host_hand_on_what_they_were_called_with():
         lambda: tiny_video_hosts.forward(wan, tiny_video_hosts.inputs(wan, (3, 4, 4))),
     ]
     assert not at_once(calls, times=5)
-
-
-def test_the_ids_of_a_picture_are_read_once_for_all_its_steps(monkeypatch):
-    model, inputs, call = linear("flux")
-    read = []
-    real = joint.grids_of
-    monkeypatch.setattr(joint, "grids_of", lambda ids: read.append(ids) or real(ids))
-    job = inputs(4, 6)
-    expected = call(model, job)
-    assert torch.equal(call(model, job), expected) and len(read) == 1
-    job["img_ids"].copy_(inputs(6, 4)["img_ids"])
-    call(model, job)
-    assert len(read) == 2
-    del job
-    read.clear()
-    gc.collect()
-    assert not len(joint._KNOWN)

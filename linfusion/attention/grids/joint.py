@@ -13,6 +13,7 @@ whoever trains compares layers with those of a teacher.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -33,8 +34,6 @@ CONTROLNET = "FluxControlNetModel"  # its blocks take no arguments but the rotar
 ARGUMENT = "image_grids"
 _ARGUMENTS = "joint_attention_kwargs"  # the hosts' own name
 
-# Of ids that are alive: their version, and what they describe.
-_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 # Of a call, from its beginning to its embedding of positions.
 _TOLD: ContextVar[Grids | None] = ContextVar("linfusion_grids", default=None)
 
@@ -137,6 +136,26 @@ def detach(model: nn.Module) -> None:
                         getattr(module, kept).pop(key, None)
 
 
+def _once_a_tensor(read: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Pipelines give every step the same ids: they are read back from the device once."""
+    known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    @functools.wraps(read)
+    def once(ids: Tensor) -> Any:
+        # Nobody counts what is done to a tensor of inference mode.
+        if ids.is_inference() or torch.compiler.is_compiling():
+            return read(ids)
+        version, found = known.get(ids, (None, None))
+        if version != ids._version:
+            grids, exact = read(ids)
+            found = grids, exact.to(ids.device)
+            known[ids] = ids._version, found
+        return found
+
+    return once
+
+
+@_once_a_tensor
 def grids_of(ids: Tensor) -> tuple[Grids, Tensor]:
     """The pictures that the position ids of FLUX describe.
 
@@ -145,7 +164,7 @@ def grids_of(ids: Tensor) -> tuple[Grids, Tensor]:
             pipelines make them, rows and columns above 256 are rounded to even ones.
 
     Returns:
-        The grids, and the ids before such rounding, float32.
+        The grids, and the ids before such rounding, float32; of the same tensor the same ones.
 
     Raises:
         ValueError: the tokens are not those of whole pictures, row by row.
@@ -174,17 +193,6 @@ def grids_of(ids: Tensor) -> tuple[Grids, Tensor]:
         sizes.append((tokens // width, width))
         exact.append(place)
     return Grids(tuple(sizes), (None,) * len(sizes)), torch.cat(exact)
-
-
-def _grids_of(ids: Tensor) -> tuple[Grids, Tensor]:
-    """As `grids_of`, which reads the ids on the host: once for all the steps that have the same."""
-    if torch.compiler.is_compiling() or ids.is_inference():
-        return grids_of(ids)
-    known = _KNOWN.get(ids)
-    if known is None or known[0] != ids._version:
-        grids, exact = grids_of(ids)
-        known = _KNOWN[ids] = ids._version, grids, exact.to(ids.device)
-    return known[1], known[2]
 
 
 class _Begin:
@@ -220,7 +228,7 @@ class _Begin:
         """
         ids, x = given["img_ids"], given["hidden_states"]
         ids = ids[0] if ids.ndim == 3 else ids
-        grids, exact = _grids_of(ids)
+        grids, exact = grids_of(ids)
         if x.shape[1] != grids.tokens:
             raise ValueError(
                 f"img_ids: they describe {grids.sizes}, {grids.tokens} tokens, but hidden_states"
