@@ -6,9 +6,7 @@ import contextlib
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -54,16 +52,3 @@ def emit_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str
         table.add_row(*row)
     # Into a file or a pipe rich would fold at 80 columns.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def check_writable(name: str, folder: Path) -> None:
-    """Make `folder` if it is missing and prove that a file can be written there.
-
-    Raises:
-        ValueError: it cannot; `name` is the argument to blame.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"{name}: cannot write to {str(folder)!r} ({error.strerror})") from error

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument, Option
 
 from linfusion.cli import load
-from linfusion.cli.console import Json, check_writable, emit_json, working
+from linfusion.cli.console import Json, emit_json, working
+from linfusion.files.whole_files import writable_folder
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ def convert(
                 f"model: {source} has no to_q, to_k, to_v, to_out, which the authors' format "
                 "needs; name the base model they come from with --model"
             )
-        check_writable("destination", destination)
+        writable_folder("destination", destination)
         if complete:
             relaid(side, _LAYOUT[to]).save_pretrained(destination)
         else:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from typer import Context, Option
 
 from linfusion.cli import load
-from linfusion.cli.console import Json, check_writable, emit_json, emit_table, working
+from linfusion.cli.console import Json, emit_json, emit_table, working
 from linfusion.cli.size import check_pixels
+from linfusion.files.whole_files import writable_folder
 
 _ONE_PICTURE = {"picture", "base", "border", "band", "crop"}  # what --picture alone takes
 _BOTH = {"images", "count", "seed"}
@@ -97,7 +98,7 @@ def evaluate(
             raise ValueError(f"prompts: {str(prompts)!r} is not a file")
         lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     if output:
-        check_writable("output", output)
+        writable_folder("output", output)
     with working(f"evaluating {model}"):
         from linfusion.evaluation.compare import evaluate as judge
         from linfusion.evaluation.features import inception_features
@@ -169,14 +170,13 @@ def _judge_picture(
 
         from linfusion.evaluation import large_pictures as large
         from linfusion.files.picture_reader import open_picture
-        from linfusion.training.data.pictures import image_folder, rgb
+        from linfusion.training.data.pictures import image_folder
 
         real = []
         if images is not None:
             examples = image_folder(images, captions=False, argument="images")
             for i in range(min(n, len(examples))):  # a crop takes one each, more are not needed
-                with examples[i * len(examples) // min(n, len(examples))].open() as image:
-                    real.append(np.asarray(rgb(image)))
+                real.append(np.asarray(examples[i * len(examples) // min(n, len(examples))].open()))
         pixels = open_picture(picture)
         small = None if base is None else open_picture(base)
         scores: dict[str, float] = {}

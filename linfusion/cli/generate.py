@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import time
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from linfusion.cli import load
-from linfusion.cli.console import Json, check_writable, emit_json, say, working
+from linfusion.cli.console import Json, emit_json, say, working
 from linfusion.cli.size import choose_size
+from linfusion.files.whole_files import writable_folder, writing
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -223,7 +223,7 @@ def output_paths(output: Path, prompts: list[str], per_prompt: int, seed: int) -
         for i in range(count):
             name = f"{_slug(prompts[i // per_prompt])}-{seed + i}"
             paths.append(_unused(folder, name, paths))
-    check_writable("output", folder)
+    writable_folder("output", folder)
     return paths
 
 
@@ -233,12 +233,8 @@ def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None
 
     about = PngInfo()
     about.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        image.save(unfinished, format="PNG", pnginfo=about)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with writing(path) as file:
+        image.save(file, format="PNG", pnginfo=about)
 
 
 def _draw(

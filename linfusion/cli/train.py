@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 from typer import Context, Option
 
-from linfusion.cli.console import Json, check_writable, emit_json, say, working
+from linfusion.cli.console import Json, emit_json, say, working
+from linfusion.files.whole_files import writable_folder
 from linfusion.training.config import TrainConfig, recipes
 
 
@@ -33,7 +34,7 @@ def train(context: Context, recipe: str | None = None, as_json: bool = False, **
     config = (
         TrainConfig(**changes) if recipe is None else TrainConfig.from_recipe(recipe, **changes)
     )
-    check_writable("output_dir", Path(config.output_dir))
+    writable_folder("output_dir", Path(config.output_dir))
     with working(f"distilling {config.pretrained_model_name_or_path} into {config.output_dir}"):
         from linfusion.training.trainer import distill
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from linfusion.cli import load
-from linfusion.cli.console import Json, check_writable, emit_json, emit_table, say, working
+from linfusion.cli.console import Json, emit_json, emit_table, say, working
 from linfusion.cli.generate import check_length, check_prompts
 from linfusion.cli.size import choose_size
+from linfusion.files.whole_files import writable_folder
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -136,7 +137,7 @@ def upscale(
     more = load.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
     loras = load.parse_lora(lora)
     load.check_model(model)
-    check_writable("output", output.parent)
+    writable_folder("output", output.parent)
 
     import torch
 

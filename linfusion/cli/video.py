@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from linfusion.cli import load
-from linfusion.cli.console import Json, check_writable, emit_json, say, working
+from linfusion.cli.console import Json, emit_json, say, working
 from linfusion.cli.generate import check_length, check_prompts
 from linfusion.cli.size import choose_size
+from linfusion.files.whole_files import writable_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,7 +99,7 @@ def video(
     if image is not None and go_on is not None:
         raise ValueError("image: got one beside --continue; accepted is one of them")
     load.check_model(model)
-    check_writable("output", output.parent)
+    writable_folder("output", output.parent)
 
     import torch
 
@@ -195,8 +196,9 @@ def _load(
 def _picture(path: Path) -> Any:
     from PIL import Image
 
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    from linfusion.files.picture_reader import open_picture
+
+    return Image.fromarray(open_picture(path))
 
 
 def _fitting(pipe: LinGenPipeline, frames: np.ndarray) -> np.ndarray:

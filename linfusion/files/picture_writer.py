@@ -22,6 +22,8 @@ from typing import IO, Any, Protocol
 import numpy as np
 from PIL import ExifTags, Image
 
+from linfusion.files import whole_files
+
 TILE = 256  # rows and columns of a TIFF tile
 SLICE = 2**20  # bytes filtered and compressed at a time
 
@@ -100,7 +102,8 @@ class PictureWriter:
         self.rows = 0  # written so far
         self._text = text
         self._preview = Preview(width, height, preview) if preview else None
-        self._partial: dict[Path, IO[bytes]] = {}  # final name -> file under its temporary name
+        self._parts: list[whole_files.Part] = []
+        whole_files.remove_leftovers(path.parent, path.name)
         with self._guard():
             file = self._open(path)
             self._encoder: _Encoder
@@ -120,7 +123,7 @@ class PictureWriter:
                 written then.
             OSError: the disk is full; the unfinished picture is removed.
         """
-        if not self._partial:
+        if not self._parts:
             raise ValueError(f"band: {self.path} is closed and takes no more rows")
         shape, dtype = getattr(band, "shape", None), getattr(band, "dtype", None)
         if shape is None or len(shape) != 3 or shape[1:] != (self.width, 3) or dtype != np.uint8:
@@ -144,7 +147,7 @@ class PictureWriter:
             ValueError: rows are missing; the unfinished picture is removed.
             OSError: the disk is full; likewise.
         """
-        if not self._partial:
+        if not self._parts:
             return
         if self.rows < self.height:
             self.abort()
@@ -157,23 +160,18 @@ class PictureWriter:
                 encoder = _Png(file, small.shape[1], small.shape[0], self._text)
                 encoder.write(small)
                 encoder.finish()
-            for file in self._partial.values():
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
+            for part in self._parts:
+                part.flush()
             # The preview comes first: when the picture is there, everything is.
-            for final in reversed(self._partial):
-                os.replace(_temporary(final), final)
-        self._partial.clear()
+            for part in reversed(self._parts):
+                part.publish()
+        self._parts.clear()
 
     def abort(self) -> None:
         """Remove what was written; whatever stood at `path` before stays as it was."""
-        for final, file in self._partial.items():
-            # What a full disk did not take is still buffered, and closing fails over it again.
-            with contextlib.suppress(OSError):
-                file.close()
-            _temporary(final).unlink(missing_ok=True)
-        self._partial.clear()
+        for part in self._parts:
+            part.discard()
+        self._parts.clear()
 
     def __enter__(self) -> PictureWriter:
         return self
@@ -191,8 +189,7 @@ class PictureWriter:
 
     def _open(self, final: Path) -> IO[bytes]:
         try:
-            # w+: tifffile reads where it writes
-            file = open(_temporary(final), "w+b")  # noqa: SIM115 (closed by close or abort)
+            part = whole_files.Part(final)
         except OSError as error:
             if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # not on Windows
                 raise
@@ -200,8 +197,8 @@ class PictureWriter:
                 f"path: cannot write in {final.parent} ({error.strerror}); "
                 "accepted: a file in a writable folder"
             ) from error
-        self._partial[final] = file
-        return file
+        self._parts.append(part)
+        return part.file
 
     @contextlib.contextmanager
     def _guard(self) -> Any:
@@ -246,11 +243,6 @@ def _target(path: str | os.PathLike[str], width: int, height: int) -> Path:
     if suffix in (".tif", ".tiff"):
         _tifffile()
     return path
-
-
-def _temporary(final: Path) -> Path:
-    # One name a picture, so that what a killed run left is overwritten by the next.
-    return final.with_name(f".{final.name}.part")
 
 
 def _tifffile() -> ModuleType:

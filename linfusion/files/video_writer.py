@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from linfusion.files import whole_files
 from linfusion.files.picture_writer import writer
 
 CODEC = "libx264"
@@ -181,9 +182,7 @@ def _check_place(path: Path, folder: bool) -> None:
         raise ValueError(f"path: {path} is a folder; accepted: a file name")
     home = path if folder and path.is_dir() else path.parent
     try:
-        probe = home / f".{path.name}.part"
-        probe.touch()  # access() says yes to root everywhere
-        probe.unlink()
+        whole_files.Part(home / path.name).discard()  # access() says yes to root everywhere
     except OSError as error:
         raise ValueError(
             f"path: cannot write in {home} ({error.strerror}); accepted: a writable folder"
@@ -214,6 +213,7 @@ class _Mp4:
                 stacklevel=3,
             )
         self.path, self.index, self.rate = path, 0, rate
+        self.lock = whole_files.Lock(path, "path")  # it grows in place
         second = max(1, round(rate))
         self.file = self.av.open(
             str(path),
@@ -246,10 +246,12 @@ class _Mp4:
             self.file.mux(self.stream.encode(None))
         finally:
             self.file.close()
+            self.lock.release()
 
     def abort(self, empty: bool) -> None:
         if empty:
             self.file.close()  # FFmpeg makes the file with the first frame
+            self.lock.release()
         else:
             self.finish()
 
@@ -258,6 +260,7 @@ class _Frames:
     def __init__(self, path: Path, width: int, height: int) -> None:
         self.path, self.width, self.height, self.index = path, width, height, 0
         path.mkdir(exist_ok=True)
+        self.lock = whole_files.Lock(path, "path")
 
     def write(self, frame: np.ndarray) -> None:
         name = self.path / f"{self.index:06d}.png"
@@ -266,9 +269,10 @@ class _Frames:
         self.index += 1
 
     def finish(self) -> None:
-        pass
+        self.lock.release()
 
     def abort(self, empty: bool) -> None:
+        self.lock.release()
         if empty:
             self.path.rmdir()
 
@@ -290,25 +294,18 @@ class _Animation:
         ends = [round(i * 1000 / self.rate / tick) * tick for i in range(len(self.pictures) + 1)]
         durations = [b - a for a, b in itertools.pairwise(ends)]
         options: dict[str, Any] = {"quality": 90} if kind == "webp" else {"optimize": False}
-        partial = self.path.with_name(f".{self.path.name}.part")
         first, *others = self.pictures
-        try:
-            with open(partial, "wb") as file:
-                first.save(
-                    file,
-                    format=kind,
-                    save_all=True,
-                    append_images=others,
-                    duration=durations,
-                    loop=0,
-                    **options,
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        whole_files.remove_leftovers(self.path.parent, self.path.name)
+        with whole_files.writing(self.path) as file:
+            first.save(
+                file,
+                format=kind,
+                save_all=True,
+                append_images=others,
+                duration=durations,
+                loop=0,
+                **options,
+            )
 
     def abort(self, empty: bool) -> None:
         self.pictures.clear()
@@ -318,7 +315,9 @@ def pyav() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ImportError('writing an MP4 needs PyAV: pip install "linfusion[video]"') from error
+        raise ImportError(
+            'videos are read and written with PyAV: pip install "linfusion[video]"'
+        ) from error
     return av
 
 

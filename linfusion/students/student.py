@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from linfusion.attention import get_method
 from linfusion.attention.linfusion.authors_names import from_numbered, numbered_layer
 from linfusion.attention.linfusion.feature_map import NAME
+from linfusion.files import whole_files
 from linfusion.layers.difference import Difference, differences
 from linfusion.layers.find import shorten
 from linfusion.layers.record import MARKER
@@ -145,13 +145,8 @@ class LinFusion(ModelMixin, ConfigMixin):
         push, folder = kwargs.pop("push_to_hub", False), Path(save_directory)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            with whole_files.filling(folder) as temporary:
                 super().save_pretrained(temporary, **kwargs)
-                # config.json last: a folder with one has its tensors.
-                for file in sorted(
-                    Path(temporary).iterdir(), key=lambda f: f.name == "config.json"
-                ):
-                    os.replace(file, folder / file.name)
         except OSError as error:
             raise ValueError(f"save_directory: cannot write to {folder}: {error}") from error
         if push:

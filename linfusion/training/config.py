@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -348,18 +347,3 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     if unknown := sorted(set(found) - known):
         raise ValueError(f"recipe: {file} has {unknown[0]}, which is no argument of TrainConfig")
     return found
-
-
-def writable_folder(argument: str, folder: str | Path) -> Path:
-    """The folder, made if missing; a file can be written there.
-
-    Raises:
-        ValueError: it cannot; the message blames `argument`.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"{argument}: cannot write to {folder} ({error.strerror})") from error
-    return folder

@@ -193,9 +193,9 @@ class HighResPipeline:
                 forecast(self.pipe, self.sibling, job, self.memory_budget, self.scratch)
             check_disk(self.pipe, job, state)
             about = about_run(self.pipe, job, generator)
-            kept = State(state, what_decides(self.pipe, job, generator, about), resume=resume)
+            decisive = what_decides(self.pipe, job, generator, about)
             tensors = list(callback_on_step_end_tensor_inputs)
-            with progress(self.pipe, job) as bar:
+            with State(state, decisive, resume=resume) as kept, progress(self.pipe, job) as bar:
                 latents = self._latents(job, generator, kept, bar, callback_on_step_end, tensors)
                 return self._deliver(job, latents, about, bar)
 

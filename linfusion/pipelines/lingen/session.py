@@ -4,7 +4,7 @@
     session.safetensors      after the last block: the past of each side, the decoder's memory
     block-00000.safetensors  latents of a block: the only files whose number grows
 
-Every file is written under another name, flushed to the disk and renamed, the session last.
+Every file is sealed (`linfusion.files.whole_files`), and the session is written last.
 """
 
 from __future__ import annotations
@@ -54,8 +54,16 @@ class Session:
         self.state = State(folder, parameters, resume=resume)
         self.clip, self.done = clip, 0
         self._decoder: dict[str, Any] | None = None
-        if (found := self.state.read("session")) is not None:
-            self._go_on(*found, pipe)
+        try:
+            if (found := self.state.read("session")) is not None:
+                self._go_on(*found, pipe)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other runs into the folder."""
+        self.state.close()
 
     def open_decoder(self, vae: Any) -> StreamingVAEDecoder:
         """A decoder that goes on after the blocks that are done."""

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from linfusion.files.video_reader import count_frames, frames
 from linfusion.pipelines.lingen.latents import encode_clip, latent_frames, ratios
 from linfusion.training.config import TrainConfig
 from linfusion.training.data.cache import module_digest, text_states
-from linfusion.training.data.pictures import IMAGE_SUFFIXES, captioned_files, digest, fit
+from linfusion.training.data.pictures import (
+    IMAGE_SUFFIXES,
+    captioned_files,
+    digest,
+    file_digest,
+    fit,
+)
+from linfusion.training.data.rows import filled
 from linfusion.training.teachers.lingen import LinGenHost
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi")
@@ -39,7 +44,7 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Film:
-    """A clip, or a picture, which has one frame; its caption, and a hash of its content."""
+    """A clip, or a picture, which has one frame; its caption, and what its content goes by."""
 
     path: Path
     caption: str
@@ -48,9 +53,9 @@ class Film:
 
     def pictures(self, stride: int) -> Iterator[Image.Image]:
         """Every `stride`-th frame."""
-        for i, frame in enumerate(_frames(self.path)):
+        for i, frame in enumerate(frames(self.path, "train_data_dir")):
             if i % stride == 0:
-                yield frame
+                yield Image.fromarray(frame)
 
 
 def stages(schedule: str) -> list[Stage]:
@@ -74,10 +79,11 @@ def film_folder(config: TrainConfig) -> list[Film]:
         SUFFIXES,
         image_column=config.image_column,
         caption_column=config.caption_column,
+        anywhere=config.metadata_anywhere,
     )
     stride = config.clip_stride or 1
     return [
-        Film(path, caption, digest(path.read_bytes()), -(-_count(path) // stride))
+        Film(path, caption, file_digest(path), -(-count_frames(path, "train_data_dir") // stride))
         for path, caption in pairs[: config.max_train_samples]
     ]
 
@@ -187,11 +193,10 @@ def _encoded(
     vae, stride = host.pipe.vae, config.clip_stride or 1
     key = f"{module_digest(vae)}|{config.image_interpolation_mode}|{size}|{stride}"
     folder = config.cache_path / f"films-{digest(key)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {i: folder / f"{film.digest}.safetensors" for i, film in enumerate(films)}
-    missing = [i for i, file in files.items() if not file.exists()]
+    files = [folder / f"{film.digest}.safetensors" for film in films]
     ratio = ratios(vae)[0]
-    for i in tqdm(missing, f"latents {size} px", disable=not missing):
+
+    def encode(i: int) -> dict[str, Tensor]:
         fitted = [
             np.asarray(fit(picture, size, size, config.image_interpolation_mode))
             for picture in films[i].pictures(stride)
@@ -199,38 +204,7 @@ def _encoded(
         whole = (len(fitted) - 1) // ratio * ratio + 1
         video = torch.from_numpy(np.stack(fitted[:whole])).permute(3, 0, 1, 2)[None]
         with torch.no_grad():
-            latents = encode_clip(vae, video / 127.5 - 1)[0].half().cpu().contiguous()
-        partial = files[i].with_suffix(f".{os.getpid()}.tmp")
-        save_file({"latents": latents}, partial)
-        os.replace(partial, files[i])
-    return files
+            return {"latents": encode_clip(vae, video / 127.5 - 1)[0].half()}
 
-
-def _frames(path: Path) -> Iterator[Image.Image]:
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        with _av().open(str(path)) as container:
-            for frame in container.decode(video=0):
-                yield frame.to_image()
-        return
-    with Image.open(path) as image:
-        yield from ImageSequence.Iterator(image)
-
-
-def _count(path: Path) -> int:
-    try:
-        if path.suffix.lower() not in VIDEO_SUFFIXES:
-            with Image.open(path) as image:
-                return int(getattr(image, "n_frames", 1))
-        with _av().open(str(path)) as container:
-            known = container.streams.video[0].frames
-        return known or sum(1 for _ in _frames(path))
-    except (OSError, IndexError) as error:
-        raise ValueError(f"train_data_dir: cannot read {path} ({error})") from error
-
-
-def _av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError('videos are read with PyAV: pip install "linfusion[video]"') from error
-    return av
+    filled(files, encode, description=f"latents {size} px")
+    return dict(enumerate(files))

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler
-from safetensors import safe_open
-from safetensors.torch import save_file
 
+from linfusion.files.whole_files import load_tensors, save_tensors
 from tests.pipelines.lingen.killed_stream import DEATHS
 from tests.pipelines.lingen.test_pipeline import CALL, PROMPT, VAES, seeded
 from tests.tiny import tiny_image
@@ -162,11 +161,10 @@ def test_a_state_is_not_begun_again_unasked(begun):
 def _rewrite(folder, tmp_path, change):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    with safe_open(copy / "session.safetensors", "pt") as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        about = json.loads(file.metadata()["about"])
+    tensors, metadata = load_tensors(copy / "session.safetensors")
+    about = json.loads(metadata["about"])
     change(tensors, about)
-    save_file(tensors, copy / "session.safetensors", {"about": json.dumps(about)})
+    save_tensors(copy / "session.safetensors", tensors, {"about": json.dumps(about)})
     return copy
 
 
@@ -192,7 +190,7 @@ def test_a_file_that_is_no_state_is_refused(begun, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(begun, copy)
     (copy / "session.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"session\.safetensors is not a file of a run"):
+    with pytest.raises(ValueError, match=r"session\.safetensors is damaged"):
         stream(tiny_lingen(), copy, resume=True)
 
 
