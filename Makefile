@@ -8,10 +8,11 @@ WANTS  := pyproject.toml setup.py constraints.txt
 # Two tests at a time, one thread each: the tensors are tiny, and two threads only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test checkstyle bench aot docs clean
+.PHONY: help demo test test-gpu checkstyle bench aot docs clean
 help:
 	@echo "make demo        pictures by the softmax teacher and the linear student, in demo/"
 	@echo "make test        checkstyle, then the tests"
+	@echo "make test-gpu    kernels, processors and a pipeline each on a GPU; skipped where there is none"
 	@echo "make checkstyle  ruff and mypy"
 	@echo "make bench       benchmarks; one of them with ONLY=<name>"
 	@echo "make aot         compile every Triton kernel for four GPUs, without a GPU"
@@ -41,6 +42,9 @@ checkstyle: $(VENV)/.dev
 
 test: checkstyle
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-gpu: $(VENV)/.dev
+	LINFUSION_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs tests/gpu tests/kernels tests/attention
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ONLY)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from linfusion._version import __version__
 
 if TYPE_CHECKING:
-    from linfusion.attention.clear import CLEARProcessor
+    from linfusion.attention.clear.processor import CLEARProcessor
     from linfusion.attention.linfusion.processor import LinFusionProcessor
     from linfusion.attention.lit import LiTProcessor
     from linfusion.attention.mamba2.bidirectional import BiMamba2
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "BiMamba2": "linfusion.attention.mamba2.bidirectional",
-    "CLEARProcessor": "linfusion.attention.clear",
+    "CLEARProcessor": "linfusion.attention.clear.processor",
     "HighResPipeline": "linfusion.pipelines.highres.pipeline",
     "LinFusion": "linfusion.authors_api",
     "LinFusionProcessor": "linfusion.attention.linfusion.processor",

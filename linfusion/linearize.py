@@ -47,7 +47,7 @@ def linearize(
             take that), or a model: for "linfusion" one whose self-attention is diffusers'
             `Attention`, for "clear" a FLUX or Stable Diffusion 3 transformer, for "lit" a DiT or
             PixArt transformer, for "mate" that of Wan, SANA-Video or CogVideoX.
-        method: name of the mechanism: "linfusion", "clear", "lit" or "mate"; None is that of the
+        method: name of the mechanism, one of `linfusion.attention.names()`; None is that of the
             weights, and "linfusion" without weights.
         weights: a distilled student: a folder or hub name in our form or the authors', a
             `.safetensors` file of CLEAR's authors (a path, or "user/repository/file.safetensors" on
@@ -60,13 +60,10 @@ def linearize(
         size: for "auto", height and width of the picture in pixels, or one number for both, of a
             video frames, height and width. A bare model counts 8 pixels to a latent, and 4 frames
             after the first.
-        **options: of the method; None is as if it were not given. "linfusion":
-            `projection_mid_dim`, hidden channels of a fresh learned part (None: as many as the
-            layer has, -1: none). "clear": those of `linfusion.attention.clear.Window`, as
-            `radius=8, down_factor=1, proportional=False`; what is not given is as the weights say.
-            "lit": those of `linfusion.attention.lit.Form`, as `heads=2, conv="value_shared"`, and
-            `softmax_every=n`, which leaves every n-th layer as it is. "mate": those of
-            `linfusion.attention.mate.processor.Mixture`, as `window=(8, 4, 4)`.
+        **options: fields of the method's options, `linfusion.attention.get_method(method).options`:
+            those of `Maps` for "linfusion", `Window` for "clear", `Form` (and `softmax_every`) for
+            "lit", `Mixture` for "mate". None is as if it were not given; what is not given is as
+            the weights say.
 
     Returns:
         `model_or_pipe`.
@@ -111,6 +108,7 @@ def linearize(
         for name, value in options.items()
         if value is not None or name in mechanism.nullable
     }
+    mechanism.check_options(options)
     settings = mechanism.settings(found, stored, options)
     learned: dict[str, dict[str, Any]] = (
         {path: {} for path in found}

@@ -69,18 +69,25 @@ class Summary:
         return "\n".join([head, *rows])
 
 
-def summary(model_or_pipe: Any) -> Summary:
+def summary(model_or_pipe: Any, method: str | None = None) -> Summary:
     """What is linear in a model, what it learned, what its state takes, and from when on it pays.
 
     Args:
         model_or_pipe: a pipeline or a model, linearized or not.
+        method: of a model that is not linearized, what it would be with this method; None is the
+            first that takes it.
 
     Raises:
-        ValueError: it has no self-attention that could be linear.
+        ValueError: it has no self-attention that could be linear, or is linear by another method.
     """
     model = model_of(model_or_pipe)
     record = record_of(model)
-    mechanism = get_method(record.method) if record else _first_that_fits(model)
+    if record is not None and method not in (None, record.method):
+        raise ValueError(f"method: got {method!r}, but the model is linear by {record.method!r}")
+    if record is not None:
+        mechanism = get_method(record.method)
+    else:
+        mechanism = _first_that_fits(model) if method is None else get_method(method)
     taken = record.layers if record else {}
     found = candidates(model, mechanism.name)
     settings = mechanism.settings(found, None, {}) | (record.settings if record else {})

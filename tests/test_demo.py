@@ -16,7 +16,7 @@ import linfusion
 from linfusion import zoo
 from linfusion.cli.measure import human_bytes, measure
 from linfusion.pipelines import DiTPipeline
-from linfusion.students import student as weights
+from linfusion.students import saving as weights
 from tests.tiny import tiny_sd_pipeline
 from tests.tiny_dit import tiny_dit
 from tests.tiny_joint import tiny_flux, tiny_flux_pipeline

@@ -6,15 +6,32 @@ from linfusion.attention.method import Method
 
 _HOME = {
     "linfusion": "linfusion.attention.linfusion.method",
-    "clear": "linfusion.attention.clear",
+    "clear": "linfusion.attention.clear.method",
     "lit": "linfusion.attention.lit",
-    "mate": "linfusion.attention.mate.processor",
+    "mate": "linfusion.attention.mate.method",
 }
+
+
+_REGISTERED: dict[str, Method] = {}
 
 
 def names() -> list[str]:
     """What `get_method` takes."""
-    return list(_HOME)
+    return [*_HOME, *_REGISTERED]
+
+
+def register(method: Method) -> None:
+    """Make a mechanism of your own known: to `linearize`, the trainer and the command line.
+
+    Args:
+        method: what it offers; `docs/add-a-mechanism.md` shows one.
+
+    Raises:
+        ValueError: there is another one of that name.
+    """
+    if method.name in _HOME or _REGISTERED.get(method.name, method) != method:
+        raise ValueError(f"method: there is a mechanism {method.name!r} already")
+    _REGISTERED[method.name] = method
 
 
 def get_method(name: str) -> Method:
@@ -23,7 +40,9 @@ def get_method(name: str) -> Method:
     Raises:
         ValueError: there is none; the message lists those there are.
     """
+    if name in _REGISTERED:
+        return _REGISTERED[name]
     if name not in _HOME:
-        raise ValueError(f"method: {name!r} is not one of {sorted(_HOME)}")
+        raise ValueError(f"method: {name!r} is not one of {sorted(names())}")
     method: Method = import_module(_HOME[name]).METHOD
     return method

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linfusion.attention.base import Processor, finished, projected_out
 from linfusion.attention.grids import dit as patches
-from linfusion.attention.method import Method, unsupported
+from linfusion.attention.method import Method, same_settings, unsupported
 from linfusion.kernels import linear_attention
 from linfusion.kernels.library import without_autocast
 
@@ -74,6 +75,17 @@ class Form:
         for name in ("qk_norm", "key_center"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected True or False")
+
+
+@dataclass(frozen=True)
+class Options(Form):
+    """What `linearize(model, "lit")` takes.
+
+    Args:
+        softmax_every: n leaves every n-th layer as it is.
+    """
+
+    softmax_every: int | None = None
 
 
 class DepthwiseConv(nn.Conv2d):
@@ -172,7 +184,7 @@ class LinearMixer(nn.Module):
         return local.add_(self.mix(q, k, v)).to(v.dtype)
 
 
-class LiTProcessor:
+class LiTProcessor(Processor):
     """Attention processor of diffusers for the image self-attention of DiT and PixArt.
 
     o_i = φ(q_i)·S / (φ(q_i)·m + ε) + conv(v)_i,  S = mean_j φ(k_j)ᵀv_j,  m = mean_j φ(k_j)
@@ -181,9 +193,6 @@ class LiTProcessor:
     It has no state: one instance serves every layer. The grid comes with the arguments, from a hook
     that `linfusion.linearize` puts on the model.
     """
-
-    _attention_backend: Any = None
-    _parallel_config: Any = None
 
     def __call__(
         self,
@@ -217,17 +226,12 @@ class LiTProcessor:
             raise ValueError(
                 "encoder_hidden_states: got some; LiTProcessor is for self-attention alone"
             )
-        if attention_mask is not None:
-            raise ValueError(
-                f"attention_mask: got one of shape {tuple(attention_mask.shape)}; LiT's convolution"
-                " cannot leave tokens out, so there can be no mask over the picture (one over the"
-                " text is encoder_attention_mask)"
-            )
-        if self._parallel_config is not None:
-            raise ValueError(
-                "_parallel_config: LiTProcessor does not run under diffusers' context parallelism;"
-                " it would see only its own share of the tokens"
-            )
+        self.refuse_mask(
+            attention_mask,
+            "LiT's convolution cannot leave tokens out, so there can be no mask over the picture"
+            " (one over the text is encoder_attention_mask)",
+        )
+        self.refuse_context_parallelism()
         tokens = hidden_states.shape[1]
         if child.dwc is not None and (grid is None or grid[0] * grid[1] != tokens):
             got = "none" if grid is None else f"{grid[0]} by {grid[1]}"
@@ -241,12 +245,10 @@ class LiTProcessor:
             q = _host_norm(attn, attn.norm_q, q)
         if attn.norm_k is not None:
             k = _host_norm(attn, attn.norm_k, k)
-        out = attn.to_out[1](attn.to_out[0](child(q, k, v, x, grid)))
+        out = projected_out(attn, child(q, k, v, x, grid))
         if out.dtype == torch.float16:
             out = out.clip(-65504, 65504)
-        if attn.residual_connection:
-            out = out + residual
-        return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out
+        return finished(attn, out, residual)
 
 
 def _host_norm(attn: Attention, norm: Any, x: Tensor) -> Tensor:
@@ -299,15 +301,8 @@ def settings(
     has a quarter of them).
 
     Raises:
-        ValueError: an option there is not, a value out of range, or one the weights do not allow.
+        ValueError: a `softmax_every` out of range, or an option the weights do not allow.
     """
-    names = [field.name for field in fields(Form)]
-    unknown = sorted(set(options) - {*names, "softmax_every"})
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]}: method 'lit' has no such option; it has"
-            f" {', '.join([*names, 'softmax_every'])}"
-        )
     every = options.get("softmax_every")
     given = {name: value for name, value in options.items() if name != "softmax_every"}
     if stored is None:
@@ -320,14 +315,7 @@ def settings(
         return {p: form for i, p in enumerate(paths) if every is None or (i + 1) % every}
     if every is not None:
         raise ValueError(f"softmax_every: got {every}, but the weights say which layers are linear")
-    for path, form in stored.items():
-        for name, value in given.items():
-            if form.get(name) != value:
-                raise ValueError(
-                    f"{name}: got {value!r}, but {path} of the weights has {form.get(name)!r};"
-                    " leave it out"
-                )
-    return dict(stored)
+    return same_settings(paths, stored, given)
 
 
 def _is_fresh(child: nn.Module) -> bool:
@@ -351,6 +339,7 @@ def state_bytes(attn: Any) -> int:
 METHOD = Method(
     name=NAME,
     processor=LiTProcessor,
+    options=Options,
     layers=image_attention,
     setting_key="form",
     settings=settings,

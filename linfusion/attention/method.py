@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,23 +37,25 @@ class Method:
     config.json under `setting_key`.
 
     Attributes:
-        name: what `linearize(model, name)` takes.
+        name: what `linearize(model, name)` takes, and the trainer and the command line.
         processor: class of the stateless processor; constructible without arguments.
+        options: dataclass of what `linearize(model, name, **options)` takes, each with a default;
+            it checks their values.
         layers: `(model) -> {path: attention layer}` that the method may take; ValueError if there
             are none.
         setting_key: name of a layer's setting in a checkpoint's `modules_list`.
         settings: `(layers, stored, options) -> {path: setting}`, from all layers by path, the
-            options of `linearize` and the settings `stored` with the weights, by path, or None
-            without weights; a path left out stays softmax. ValueError for an option it does not
-            have or the weights do not allow.
+            options of `linearize`, of which all are fields of `options`, and the settings `stored`
+            with the weights, by path, or None without weights; a path left out stays softmax.
+            ValueError for an option the weights do not allow.
         child: `(attn, setting) -> module`, the freshly initialised learned part that hangs on the
             layer as `attn.<name>`; a fresh one changes nothing. Of `attn` only `query_dim` and
             `heads` are read, which an entry of a checkpoint has as well.
         inherit: `(attn, child)`, gives a fresh child what it takes over of the layer's weights, or
             None if that is nothing; called where those are at hand, whatever offloads them.
         is_fresh: whether a child still has the weights it was made with.
-        break_even_tokens: `(attn, setting) -> tokens` from which on the layer costs less than
-            softmax.
+        break_even_tokens: `(attn, setting) -> tokens` from which on the layer has fewer
+            multiplications than softmax.
         state_bytes: bytes of the fp32 state a layer keeps per picture.
         projections: whether to_q, to_k, to_v and to_out are what a student consists of, so that
             they are always saved with it.
@@ -73,6 +75,7 @@ class Method:
 
     name: str
     processor: type
+    options: type
     layers: Callable[[nn.Module], dict[str, Any]]
     setting_key: str
     settings: Callable[
@@ -92,6 +95,56 @@ class Method:
     nullable: tuple[str, ...] = ()
     attach: Callable[[nn.Module, Mapping[str, Any]], None] = lambda model, settings: None
     detach: Callable[[nn.Module], None] = lambda model: None
+
+    @property
+    def option_names(self) -> list[str]:
+        """Names of what `linearize(model, name, **options)` takes."""
+        return [field.name for field in fields(self.options)]
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse what the method does not have, and values out of range.
+
+        Raises:
+            ValueError: the message names the option.
+        """
+        for name in options:
+            if name not in self.option_names:
+                raise ValueError(
+                    f"{name}: method {self.name!r} has no such option; it has"
+                    f" {', '.join(self.option_names)}"
+                )
+        self.options(**options)
+
+
+def same_settings(
+    paths: Iterable[str],
+    stored: Mapping[str, Any] | None,
+    options: Any,
+    typed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The settings of a method whose layers all have its options, as plain data.
+
+    Args:
+        paths: of all layers.
+        stored: settings that came with weights, by path, or None.
+        options: a dataclass, or the settings of one layer.
+        typed: the options as they came, for the message, where settings are another form of them.
+
+    Raises:
+        ValueError: an option other than that of the weights.
+    """
+    given = asdict(options) if is_dataclass(options) and not isinstance(options, type) else options
+    if stored is None:
+        return {path: dict(given) for path in paths}
+    for path, setting in stored.items():
+        for name, value in given.items():
+            if setting.get(name) != value:
+                came = value if typed is None else typed[name]
+                raise ValueError(
+                    f"{name}: got {came!r}, but {path} of the weights has {setting.get(name)!r};"
+                    " leave it out"
+                )
+    return dict(stored)
 
 
 @dataclass(frozen=True)

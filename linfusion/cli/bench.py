@@ -83,18 +83,20 @@ def _layers(
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     from linfusion.attention import get_method
+    from linfusion.attention.base import SelfAttentionProcessor
 
     chosen = get_method(method)
-    if method != "linfusion":
+    if not issubclass(chosen.processor, SelfAttentionProcessor):
         raise ValueError(
-            f"method: {method!r} has no layer of diffusers' class Attention to time; it runs in"
-            " whole transformers, which make bench measures"
+            f"method: {method!r} needs the grid of its tokens from a whole model, which one layer"
+            " alone is not; make bench measures it there"
         )
     torch.manual_seed(0)
     softmax = Attention(channels, heads=heads, dim_head=channels // heads)
     softmax.set_processor(AttnProcessor2_0())
     linear = copy.deepcopy(softmax)
-    linear.add_module(chosen.name, chosen.child(linear, None))
+    [setting] = chosen.settings({"layer": linear}, None, {}).values()
+    linear.add_module(chosen.name, chosen.child(linear, setting))
     linear.set_processor(chosen.processor())
     return softmax.to(device, dtype).eval(), linear.to(device, dtype).eval()
 

@@ -1,4 +1,4 @@
-"""Reading pictures of any size, and what they were made with; writing is in `writers`.
+"""Reading pictures of any size, and what they were made with; writing is in `picture_writer`.
 
 Pillow refuses pictures of more than 179 million pixels as a possible attack; the files that this
 library writes are larger, and whoever names one here means it.

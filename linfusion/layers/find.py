@@ -1,4 +1,4 @@
-"""Which layers of which model: finding, choosing, and what is remembered about those taken over."""
+"""Which layers of which model: finding them and choosing among them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a student fits a model, and exchanging the weights of the two."""
+"""Which student this is, and whether it fits a model: from a file to the tensors of layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a method learned, beside the base model: load, save, push, and the authors' own files."""
+"""The format of what a method learned, as a model of diffusers beside the base model."""
 
 from __future__ import annotations
 

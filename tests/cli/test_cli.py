@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import linfusion
 from linfusion import zoo
 from linfusion.cli import main
-from linfusion.students import student as weights
+from linfusion.students import saving as weights
 from tests.tiny import tiny_image, tiny_sd_pipeline
 
 PROMPT = "a red apple"

@@ -14,7 +14,7 @@ import linfusion
 from linfusion import zoo
 from linfusion.cli import main
 from linfusion.files.picture_reader import read_parameters
-from linfusion.students import student as weights
+from linfusion.students import saving as weights
 from tests.tiny import tiny_image, tiny_sd_pipeline
 from tests.tiny_joint import tiny_flux_pipeline
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -19,6 +20,18 @@ from linfusion.attention.linfusion.processor import (
     LinFusionPAGProcessor,
     LinFusionProcessor,
 )
+
+
+@dataclass(frozen=True)
+class Maps:
+    """What `linearize(model, "linfusion")` takes.
+
+    Args:
+        projection_mid_dim: hidden channels of a fresh learned part; None is as many as the layer
+            has, -1 none.
+    """
+
+    projection_mid_dim: int | None = None
 
 
 def _mid(attn: Attention, projection_mid_dim: int | None) -> int:
@@ -47,11 +60,6 @@ def _settings(
     paths: Iterable[str], stored: Mapping[str, Any] | None, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Hidden channels of the two MLPs of every layer."""
-    unknown = sorted(set(options) - {"projection_mid_dim"})
-    if unknown:
-        raise ValueError(
-            f"{unknown[0]}: method 'linfusion' has no such option; it has projection_mid_dim"
-        )
     mid = options.get("projection_mid_dim")
     if stored is None:
         return dict.fromkeys(paths, mid)
@@ -63,6 +71,7 @@ def _settings(
 METHOD = Method(
     name=NAME,
     processor=LinFusionProcessor,
+    options=Maps,
     layers=lambda model: self_attention(model, processor=LinFusionProcessor),
     setting_key="projection_mid_dim",
     settings=_settings,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from linfusion.attention.base import SelfAttentionProcessor, projected, projected_out
 from linfusion.attention.linfusion.feature_map import NAME
-from linfusion.attention.method import unsupported
 from linfusion.kernels import linear_attention
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def key_weight(attention_mask: Tensor, tokens: int) -> Tensor:
     return mask.float().exp()
 
 
-class LinFusionProcessor:
+class LinFusionProcessor(SelfAttentionProcessor):
     """Attention processor of diffusers whose self-attention is linear in the number of tokens.
 
     o_i = φ(q_i)·S / (φ(q_i)·m + 1e-4),  S = mean_j φ(k_j)ᵀv_j,  m = mean_j φ(k_j),  φ = elu + 1,
@@ -61,68 +61,19 @@ class LinFusionProcessor:
     instance may serve every layer, as in `unet.set_attn_processor(LinFusionProcessor())`.
     """
 
-    _attention_backend: Any = None
-    _parallel_config: Any = None
-
-    def __call__(
+    def attend(
         self,
         attn: Attention,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
     ) -> Tensor:
-        """Attend.
-
-        Args:
-            attn: the layer.
-            hidden_states: [B, N, C] or [B, C, H, W].
-            encoder_hidden_states: text [B, M, C'] for cross-attention, further pixels [B, M, C] for
-                self-attention, or None.
-            attention_mask: see `key_weight` for self-attention; anything diffusers takes for
-                cross-attention.
-            temb: what the spatial norm of the layer is conditioned on, if it has one.
+        """Linear attention; `attention_mask` as `key_weight` takes it.
 
         Raises:
-            ValueError: something that linear attention cannot honour; the message names it.
+            ValueError: a mask that tells queries or heads apart, or what `fuse` cannot follow.
         """
-        if isinstance(encoder_hidden_states, tuple):
-            raise ValueError(
-                "encoder_hidden_states: got the tuple of an IP-Adapter, which needs its own"
-                " processors on cross-attention; use linfusion.linearize(pipe), which leaves them"
-                " in place, instead of set_attn_processor(LinFusionProcessor())"
-            )
-        reason = unsupported(attn)
-        if reason is not None:
-            raise ValueError(f"attn: LinFusionProcessor cannot serve this layer: {reason}")
-        residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        picture = hidden_states.shape if hidden_states.ndim == 4 else None
-        if picture is not None:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-
-        if attn.is_cross_attention and encoder_hidden_states is not None:
-            out = self._softmax(attn, hidden_states, encoder_hidden_states, attention_mask)
-        else:
-            out = self._linear(attn, hidden_states, encoder_hidden_states, attention_mask)
-
-        if picture is not None:
-            out = out.transpose(1, 2).reshape(picture[0], -1, *picture[2:])
-        if attn.residual_connection:
-            out = out + residual
-        return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out
-
-    def _linear(
-        self, attn: Attention, x: Tensor, context: Tensor | None, attention_mask: Tensor | None
-    ) -> Tensor:
-        if self._parallel_config is not None:
-            raise ValueError(
-                "_parallel_config: LinFusionProcessor does not run under diffusers' context"
-                " parallelism; it would see only its own share of the tokens"
-            )
+        x, context = hidden_states, encoder_hidden_states
         tokens = (x if context is None else context).shape[1]
         weight = None if attention_mask is None else key_weight(attention_mask, tokens)
         fused = getattr(attn, FUSED, None)
@@ -136,39 +87,8 @@ class LinFusionProcessor:
             x_q, x_k = x, context
         else:
             x_q, x_k = child(x, context)
-        q, k, v = (_heads(attn, t) for t in (attn.to_q(x_q), attn.to_k(x_k), attn.to_v(context)))
-        if attn.norm_q is not None:
-            q = attn.norm_q(q)
-        if attn.norm_k is not None:
-            k = attn.norm_k(k)
-        out = linear_attention(q, k, v, key_weight=weight).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out))
-
-    def _softmax(
-        self, attn: Attention, x: Tensor, context: Tensor, attention_mask: Tensor | None
-    ) -> Tensor:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        batch, tokens, _ = context.shape
-        if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
-            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        if attn.norm_cross:
-            context = attn.norm_encoder_hidden_states(context)
-        q, k, v = (_heads(attn, t) for t in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
-        if attn.norm_q is not None:
-            q = attn.norm_q(q)
-        if attn.norm_k is not None:
-            k = attn.norm_k(k)
-        out = dispatch_attention_fn(
-            q,
-            k,
-            v,
-            attn_mask=attention_mask,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
-        return attn.to_out[1](attn.to_out[0](out.flatten(2).to(q.dtype)))
+        q, k, v = projected(attn, x_q, x_k, context)
+        return projected_out(attn, linear_attention(q, k, v, key_weight=weight))
 
 
 class LinFusionPAGProcessor(LinFusionProcessor):
@@ -179,9 +99,19 @@ class LinFusionPAGProcessor(LinFusionProcessor):
 
     _parts = 2
 
-    def _linear(
-        self, attn: Attention, x: Tensor, context: Tensor | None, attention_mask: Tensor | None
+    def attend(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
     ) -> Tensor:
+        """Linear attention for all but the last part of the batch.
+
+        Raises:
+            ValueError: as `LinFusionProcessor`, or a batch that does not have the parts.
+        """
+        x, context = hidden_states, encoder_hidden_states
         straight = x.shape[0] // self._parts * (self._parts - 1)
         if x.shape[0] % self._parts or context is not None:
             raise ValueError(
@@ -190,8 +120,8 @@ class LinFusionPAGProcessor(LinFusionProcessor):
             )
         if attention_mask is not None and attention_mask.shape[0] != 1:
             attention_mask = attention_mask[:straight]
-        out = super()._linear(attn, x[:straight], None, attention_mask)
-        perturbed = attn.to_out[1](attn.to_out[0](attn.to_v(x[straight:])))
+        out = super().attend(attn, x[:straight], None, attention_mask)
+        perturbed = projected_out(attn, attn.to_v(x[straight:]))
         return torch.cat([out, perturbed])
 
 
@@ -199,10 +129,6 @@ class LinFusionPAGCFGProcessor(LinFusionPAGProcessor):
     """The same with classifier-free guidance: [unconditional, conditional, perturbed]."""
 
     _parts = 3
-
-
-def _heads(attn: Attention, t: Tensor) -> Tensor:
-    return t.unflatten(-1, (attn.heads, -1))
 
 
 def _refuse_unfusable(attn: Attention, context: Tensor | None) -> None:

@@ -8,29 +8,22 @@ LinGen-Uni (the journal extension of LinGen, Wang et al. 2024, arXiv:2412.09856)
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from types import SimpleNamespace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from linfusion.attention.grids import video as volumes
+from linfusion.attention.base import Processor
 from linfusion.attention.grids.video import Grid
 from linfusion.attention.mamba2.bidirectional import BiMamba2
-from linfusion.attention.mamba2.qk_norms import qk_norm_of
 from linfusion.attention.mate.layer import MIXES, PLACEMENTS, pool
 from linfusion.attention.mate.scan_orders import ORDERS, RotaryMajorScan, flatten, unflatten
 from linfusion.attention.mate.tesa import attend_windows, outside_of
-from linfusion.attention.method import Method, channels_of
 
 NAME = "mate"
 
-# Processors that compute attention over the video, or text and video, and nothing besides.
-_PLAIN = {"WanAttnProcessor", "SanaLinearAttnProcessor3_0", "CogVideoXAttnProcessor2_0"}
-_FREE = ("chunk_size",)  # what weights do not depend on
 _OF_LAYER = ("layer", "qk_norm", "qk_norm_eps")  # of a setting, beside the fields of a Mixture
 
 
@@ -167,7 +160,7 @@ class Mixer(nn.Module):
         return te * (2 * to_te.sigmoid()) + ma * to_ma.tanh()
 
 
-class MATEProcessor:
+class MATEProcessor(Processor):
     """Attention processor of diffusers for the self-attention of Wan, SANA-Video and CogVideoX.
 
     Two branches that are mixed: softmax attention inside windows of the video, with the layer's own
@@ -181,9 +174,6 @@ class MATEProcessor:
     It has no state: one instance serves every layer. The grid comes with the arguments, from hooks
     that `linfusion.linearize` puts on the model.
     """
-
-    _attention_backend: Any = None
-    _parallel_config: Any = None
 
     def __call__(
         self,
@@ -220,16 +210,11 @@ class MATEProcessor:
                 f"attn: MATEProcessor misses {missing} on this layer; use"
                 ' linfusion.linearize(model, "mate"), which gives both'
             )
-        if attention_mask is not None:
-            raise ValueError(
-                f"attention_mask: got one of shape {tuple(attention_mask.shape)}; MATE's scan"
-                " cannot leave tokens out, so there can be no mask over the video"
-            )
-        if self._parallel_config is not None:
-            raise ValueError(
-                "_parallel_config: MATEProcessor does not run under diffusers' context parallelism;"
-                " it would see only its own share of the tokens"
-            )
+        self.refuse_mask(
+            attention_mask,
+            "MATE's scan cannot leave tokens out, so there can be no mask over the video",
+        )
+        self.refuse_context_parallelism()
         joint = video_grid is not None
         if joint != (encoder_hidden_states is not None):
             got = "none" if encoder_hidden_states is None else "some"
@@ -264,14 +249,8 @@ class MATEProcessor:
         out = attn.to_out[1](child(x, _projected_out(attn, seen), grid))
         if not joint:
             return out
-        text_out = _projected_out(attn, self._softmax(q[:, :text], k, v))
+        text_out = _projected_out(attn, self.softmax(q[:, :text], k, v))
         return out, attn.to_out[1](text_out)
-
-    def _softmax(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        out: Tensor = dispatch_attention_fn(q, k, v, backend=self._attention_backend)
-        return out
 
 
 def _projected(attn: Any, child: Mixer, tokens: Tensor) -> list[Tensor]:
@@ -306,135 +285,3 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, text: int) -> Tensor:
 
 def _positive(*values: object) -> bool:
     return all(type(value) is int and value >= 1 for value in values)
-
-
-def video_attention(model: nn.Module) -> dict[str, Any]:
-    """The self-attention (`attn1`) of Wan, SANA-Video or CogVideoX, by path.
-
-    Raises:
-        ValueError: it is another model, a layer runs a processor that would lose something, or its
-            weights cannot be taken over.
-    """
-    if volumes.kind_of(model) is None:
-        raise ValueError(
-            f"model_or_pipe: {type(model).__name__} has no self-attention that MATE knows the grid"
-            f" of; expected one of {', '.join(volumes.HOSTS)}, or a pipeline with one"
-        )
-    found: dict[str, Any] = {
-        path: module
-        for path, module in model.named_modules()
-        if re.fullmatch(r"(transformer_)?blocks\.\d+\.attn1", path)
-    }
-    for path, attn in found.items():
-        processor = attn.processor
-        if type(processor).__name__ not in _PLAIN and not isinstance(processor, MATEProcessor):
-            raise ValueError(
-                f"model_or_pipe: {path} runs {type(processor).__name__}, which MATE would replace;"
-                " call model.unfuse_qkv_projections() or model.set_attn_processor with diffusers'"
-                " own processor first"
-            )
-        width = channels_of(attn)
-        for name in ("to_q", "to_k", "to_v", "to_out.0"):
-            linear = attn.get_submodule(name)
-            weight = getattr(linear, "base_layer", linear).weight  # LoRA wraps the layer
-            if tuple(weight.shape) != (width, width) or not weight.is_floating_point():
-                raise ValueError(
-                    f"model_or_pipe: {path}.{name} is {tuple(weight.shape)} {weight.dtype}; the"
-                    f" scan takes over floating-point weights of {width} by {width}"
-                )
-        try:
-            qk_norm_of(attn)
-        except ValueError as error:
-            raise ValueError(f"model_or_pipe: {path} of {error}") from None
-    return found
-
-
-def settings(
-    found: Mapping[str, Any], stored: Mapping[str, Any] | None, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Fields of the `Mixture` of every layer, its place, and the norm of its queries and keys.
-
-    Raises:
-        ValueError: an option there is not, a value out of range, or one the weights do not allow.
-    """
-    names = [field.name for field in fields(Mixture)]
-    unknown = sorted(set(options) - set(names))
-    if unknown:
-        raise ValueError(f"{unknown[0]}: method 'mate' has no such option; it has {names}")
-    mixture = _plain(Mixture(**options))
-    if stored is None:
-        made = {}
-        for layer, (path, attn) in enumerate(found.items()):
-            qk_norm, eps = qk_norm_of(attn)
-            made[path] = {**mixture, "layer": layer, "qk_norm": qk_norm, "qk_norm_eps": eps}
-        return made
-    free = {name: mixture[name] for name in options if name in _FREE}
-    for path, setting in stored.items():
-        for name in options:
-            if name not in free and setting.get(name) != mixture[name]:
-                raise ValueError(
-                    f"{name}: got {options[name]!r}, but {path} of the weights has"
-                    f" {setting.get(name)!r}; leave it out"
-                )
-    return {path: {**setting, **free} for path, setting in stored.items()}
-
-
-def _plain(mixture: Mixture) -> dict[str, Any]:
-    """As json has it."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(mixture).items()}
-
-
-def inherit(attn: Any, child: nn.Module) -> None:
-    """Give the scan of a fresh child the weights of its layer, those of the base model."""
-    assert isinstance(child, Mixer)
-    to_q, to_k, to_v, out = (
-        getattr(linear, "base_layer", linear)  # LoRA wraps the layer
-        for linear in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
-    )
-    norms = {"norm_q": attn.norm_q, "norm_k": attn.norm_k}
-    child.ma.inherit(SimpleNamespace(to_q=to_q, to_k=to_k, to_v=to_v, to_out=[out], **norms))
-
-
-def _is_fresh(child: nn.Module) -> bool:
-    assert isinstance(child, Mixer)
-    changed = [child.ma.D, child.ma.D_b] if child.mix is None else list(child.mix.parameters())
-    return all(p.is_meta or not p.any() for p in changed)
-
-
-def break_even_tokens(attn: Any, setting: Mapping[str, Any]) -> int:
-    """Tokens N at which both branches have the multiplications of softmax over the whole video.
-
-    Scores and sums are 2·N·C a token. The scan's projections are 5·C², and each of its directions
-    has 2·C·P to build and read the state and 2·C·Q inside a chunk, all of it also for the review
-    tokens. The projections of attention are the same on both sides.
-    """
-    mixture = Mixture(**{n: v for n, v in setting.items() if n not in _OF_LAYER})
-    channels = channels_of(attn)
-    scan = 2.5 * channels + 2 * channels // attn.heads + 2 * mixture.chunk_size
-    if mixture.review_placement != "none":
-        scan *= 1 + 1 / math.prod(mixture.review_pool)
-    return math.prod(mixture.window) + math.ceil(scan)
-
-
-def state_bytes(attn: Any) -> int:
-    """fp32 h [H, P, P] of both directions."""
-    channels: int = channels_of(attn)
-    return 2 * 4 * channels * (channels // attn.heads)
-
-
-METHOD = Method(
-    name=NAME,
-    processor=MATEProcessor,
-    layers=video_attention,
-    setting_key="mixture",
-    settings=settings,
-    child=lambda attn, setting: Mixer(channels_of(attn), attn.heads, setting),
-    inherit=inherit,
-    is_fresh=_is_fresh,
-    break_even_tokens=break_even_tokens,
-    state_bytes=state_bytes,
-    student='"mate", weights="a folder of yours"',
-    projections=True,
-    attach=volumes.attach,
-    detach=volumes.detach,
-)

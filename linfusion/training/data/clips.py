@@ -1,4 +1,4 @@
-"""Distilling a video transformer into MATE: its teacher, and clips as cached latents."""
+"""Clips as cached latents, which video transformers are distilled on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training of LinGen's transformer on clips and pictures: flow matching, a noise level a block."""
+"""A transformer that learns from data alone, without a teacher."""
 
 from __future__ import annotations
 

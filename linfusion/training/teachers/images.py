@@ -1,4 +1,4 @@
-"""Kinds of teachers: what the trainer has to know of a pipeline to distil from it."""
+"""Teachers of pictures: what the trainer has to know of their pipelines."""
 
 from __future__ import annotations
 

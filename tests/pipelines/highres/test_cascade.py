@@ -27,7 +27,7 @@ from linfusion.pipelines.highres.cascade import with_windows
 from linfusion.pipelines.highres.hosts import unpacked
 from linfusion.pipelines.highres.low_resolution_guidance import Projection, low_frequencies
 from linfusion.pipelines.highres.stages import Stage
-from linfusion.students import student as weights
+from linfusion.students import saving as weights
 from tests.tiny import tiny_image, tiny_sd_pipeline
 from tests.tiny_joint import (
     tiny_flux,

@@ -1,0 +1,153 @@
+"""What CLEAR offers `linearize`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+
+from linfusion.attention.clear.processor import CLEARProcessor
+from linfusion.attention.clear.window import NAME, LocalWindow, Window
+from linfusion.attention.grids import joint as hosts
+from linfusion.attention.method import Method, StudentFile
+
+# Processors that compute softmax attention over text and image and nothing besides.
+_PLAIN = {
+    "FluxAttnProcessor",
+    "FusedJointAttnProcessor2_0",
+    "JointAttnProcessor2_0",
+    "XFormersJointAttnProcessor",
+}
+
+
+def joint_attention(model: nn.Module) -> dict[str, Any]:
+    """The layers of FLUX or Stable Diffusion 3 that attend from image to image, by path.
+
+    Raises:
+        ValueError: it is another model, or a layer runs a processor that would lose something.
+    """
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if not kinds & set(hosts.HOSTS):
+        raise ValueError(
+            f"model_or_pipe: {type(model).__name__} has no joint attention that CLEAR knows the"
+            f" grid of; expected one of {', '.join(hosts.HOSTS)}, or a pipeline with one"
+        )
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if re.search(r"transformer_blocks\.\d+\.attn2?$", path)
+    }
+    for path, attn in found.items():
+        processor = attn.processor
+        if type(processor).__name__ not in _PLAIN and not isinstance(processor, CLEARProcessor):
+            raise ValueError(
+                f"model_or_pipe: {path} runs {type(processor).__name__}, which CLEAR would replace;"
+                " call pipe.unload_ip_adapter() or model.set_attn_processor with diffusers' own"
+                " processor first"
+            )
+    return found
+
+
+def settings(
+    paths: Iterable[str], stored: Mapping[str, Any] | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Fields of the `Window` of every layer: the options, else what the weights say.
+
+    Raises:
+        ValueError: another `down_factor` than that of the weights, or no radius.
+    """
+    if stored is None:
+        return {path: asdict(Window(**options)) for path in paths}
+    found = {}
+    for path, window in stored.items():
+        factor = options.get("down_factor", window["down_factor"])
+        if factor != window["down_factor"]:
+            raise ValueError(
+                f"down_factor: got {factor}, but {path} of the weights pools by"
+                f" {window['down_factor']}; leave it out"
+            )
+        if "radius" not in {**window, **options}:
+            raise ValueError(
+                "radius: the weights do not say it and neither does the name of their file; give"
+                " the one they were trained with, as radius=8"
+            )
+        found[path] = asdict(Window(**{**window, **options}))
+    return found
+
+
+def read_file(name: str, tensors: Mapping[str, Tensor]) -> StudentFile:
+    """The authors' files: part of the state dict of a FLUX transformer, in diffusers' names.
+
+    Args:
+        name: of the file; `clear_local_8_down_4` says the radius, which the tensors do not.
+        tensors: `...attn.to_q.weight` and so on, and `...attn.processor.spatial_weight` of shape
+            (1, 1, 1, f, 1, f, 1) with pooling.
+    """
+    radius = re.search(r"local_(\d+)", name)
+    layers: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        found = re.fullmatch(r"(.+\.attn2?)\.((?:to_[qkv]|to_out\.0)\.\w+|processor\.\w+)", key)
+        if found is None or (
+            found[2].startswith("processor.")
+            and (found[2] != "processor.spatial_weight" or not _is_square(tensor))
+        ):
+            unknown.append(key)
+            continue
+        layer = layers.setdefault(found[1], {})
+        if found[2] == "processor.spatial_weight":
+            layer[f"{NAME}.pool.weight"] = tensor.reshape(1, -1)
+        else:
+            layer[found[2]] = tensor
+    windows = {}
+    for path, layer in layers.items():
+        pool = layer.get(f"{NAME}.pool.weight")
+        factor = 1 if pool is None else math.isqrt(pool.numel())
+        windows[path] = {"down_factor": factor} | ({"radius": int(radius[1])} if radius else {})
+    return StudentFile(layers, windows, unknown)
+
+
+def _is_square(weight: Tensor) -> bool:
+    return (
+        weight.ndim == 7
+        and weight.shape[3] == weight.shape[5]
+        and weight.numel() == (weight.shape[3] ** 2)
+    )
+
+
+def _is_fresh(child: nn.Module) -> bool:
+    return all(p.is_meta or bool((p == p.flatten()[0]).all()) for p in child.parameters())
+
+
+def break_even_tokens(attn: Any, setting: Mapping[str, Any]) -> int:
+    """Image tokens N at which window and pooled tokens together are N: disc + N/f² = N."""
+    window = Window(**setting)
+    last = math.ceil(window.radius) - 1
+    rows = (window.radius**2 - dy * dy for dy in range(-last, last + 1))
+    disc = sum(2 * math.ceil(math.sqrt(left)) - 1 for left in rows)
+    if window.down_factor == 1:
+        return disc
+    return math.ceil(disc / (1 - window.down_factor**-2))
+
+
+METHOD = Method(
+    name=NAME,
+    processor=CLEARProcessor,
+    options=Window,
+    layers=joint_attention,
+    setting_key="window",
+    settings=settings,
+    child=lambda attn, setting: LocalWindow(setting),
+    is_fresh=_is_fresh,
+    break_even_tokens=break_even_tokens,
+    state_bytes=lambda attn: 0,
+    student='"clear", weights="Huage001/CLEAR/clear_local_8.safetensors"',
+    projections=True,
+    read_file=read_file,
+    attach=hosts.attach,
+    detach=hosts.detach,
+)

@@ -1,0 +1,174 @@
+"""CLEAR's attention (Liu et al. 2024, arXiv:2412.16112): a window around each token, and the text.
+
+For the joint attention of FLUX and Stable Diffusion 3, where text and image attend to one another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linfusion.attention.base import Processor, projected_out
+from linfusion.attention.clear.window import NAME, LocalWindow
+from linfusion.attention.grids.joint import Grids
+from linfusion.kernels import window_attention
+
+
+class CLEARProcessor(Processor):
+    """Attention processor of diffusers for the joint layers of FLUX and Stable Diffusion 3.
+
+    An image token attends to the text and to the image tokens within a radius of its own, with
+    pooling also to the whole picture at low resolution; a text token attends to all text and image
+    tokens (CLEAR, eq. 4). Cost and memory are linear in the image tokens, but for the pooled part,
+    which is 1/f² of full attention.
+
+    Pictures that FLUX Kontext appends to look at are grids of their own: a token sees the text, its
+    window in its own picture, and all of the other pictures. What is being copied may come from
+    anywhere, so this part stays as large as in full attention.
+
+    It has no state: one instance serves every layer. Windows hang on the layers as `attn.clear`;
+    grids come with the arguments, from hooks that `linfusion.linearize` puts on the model.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        image_grids: Grids | None = None,
+    ) -> Any:
+        """Attend.
+
+        Args:
+            attn: the layer.
+            hidden_states: image tokens [B, N, C]; in a single block of FLUX [B, T + N, C], text
+                first.
+            encoder_hidden_states: text tokens [B, T, C], or None.
+            attention_mask: must be None.
+            image_rotary_emb: `RotaryTable`, for FLUX.
+            image_grids: for Stable Diffusion 3, which has no rotary table.
+
+        Returns:
+            Image and text tokens where there are `encoder_hidden_states`, else tokens as they came.
+
+        Raises:
+            ValueError: something that this attention cannot honour; the message names it.
+        """
+        child = getattr(attn, NAME, None)
+        grids = image_grids or getattr(image_rotary_emb, "grids", None)
+        if child is None or grids is None:
+            missing = "a window" if child is None else "the grid of its tokens"
+            raise ValueError(
+                f"attn: CLEARProcessor misses {missing} on this layer; use"
+                ' linfusion.linearize(model, "clear", radius=8), which gives both'
+            )
+        self.refuse_mask(attention_mask, "CLEAR's attention has a window and takes no further mask")
+        self.refuse_context_parallelism()
+        q, k, v, text_q, text_k, text_v = _projected(attn, hidden_states, encoder_hidden_states)
+        joint = encoder_hidden_states is not None
+        text = text_q.shape[1] if joint else q.shape[1] - grids.tokens
+        if q.shape[1] != grids.tokens if joint else text < 0:
+            raise ValueError(
+                f"hidden_states: got {hidden_states.shape[1]} tokens, expected {grids.tokens} of"
+                f" the grids {grids.sizes}" + ("" if joint else " and those of the text")
+            )
+        if joint:
+            k, v = torch.cat([text_k, k], 1), torch.cat([text_v, v], 1)
+        else:
+            text_q, q = q[:, :text], q[:, text:]
+        if image_rotary_emb is not None:
+            cos, sin = image_rotary_emb
+            q = _rotated(q, cos[text:], sin[text:])
+            text_q = _rotated(text_q, cos[:text], sin[:text])
+            k = _rotated(k, cos, sin)
+
+        scale = child.window.scale(k.shape[1], k.shape[3])
+        image_out = _image(child, grids, q, k, v, scale)
+        # The text that the last block of Stable Diffusion 3 returns is not read.
+        unread = joint and attn.context_pre_only
+        text_out = text_q if unread or text == 0 else self.softmax(text_q, k, v, scale=scale)
+        if not joint:
+            out = image_out if text == 0 else torch.cat([text_out, image_out], 1)
+            return _projected_out(attn, out.flatten(2))
+        text_out = text_out.flatten(2)
+        return (
+            _projected_out(attn, image_out.flatten(2)),
+            text_out if unread else attn.to_add_out(text_out),
+        )
+
+
+def _image(
+    child: LocalWindow, grids: Grids, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Tensor:
+    """Image queries [B, N, H, D] over keys and values of text and image [B, T + N, H, D]."""
+    text = k.shape[1] - grids.tokens
+    start = text
+    out: list[Tensor] = []
+    for size, order in zip(grids.sizes, grids.orders, strict=True):
+        end = start + size[0] * size[1]
+        own_k, own_v = k[:, start:end], v[:, start:end]
+        others = [(k[:, :start], v[:, :start]), (k[:, end:], v[:, end:])]
+        others = [pair for pair in others if pair[0].shape[1]]
+        context = others[0] if len(others) == 1 else None
+        if len(others) == 2:
+            context = torch.cat([p[0] for p in others], 1), torch.cat([p[1] for p in others], 1)
+        pooled = None
+        if child.pool is not None:
+            cells = (own_k, own_v) if order is None else (order.undo(own_k), order.undo(own_v))
+            pooled = child.pool(cells[0], size), child.pool(cells[1], size)
+        seen: Any = window_attention(
+            q[:, start - text : end - text],
+            own_k,
+            own_v,
+            grid=size,
+            radius=child.window.radius,
+            context=context,
+            pooled=pooled,
+            scale=scale,
+            order=order,
+        )
+        out.append(seen)
+        start = end
+    return out[0] if len(out) == 1 else torch.cat(out, 1)
+
+
+def _projected(attn: Any, x: Tensor, text: Tensor | None) -> tuple[Any, ...]:
+    """q, k, v of the image and of the text (or None), normed, [B, N, H, D]."""
+    # FLUX may have one GEMM instead of three; Stable Diffusion 3 keeps stale copies of that.
+    fused = hasattr(attn, "unfuse_projections") and attn.fused_projections
+    image_parts = (
+        attn.to_qkv(x).chunk(3, -1) if fused else [attn.to_q(x), attn.to_k(x), attn.to_v(x)]
+    )
+    text_parts: Any = [None] * 3
+    if text is not None:
+        text_parts = (
+            attn.to_added_qkv(text).chunk(3, -1)
+            if fused
+            else [attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)]
+        )
+    norms = ("norm_q", "norm_k", None, "norm_added_q", "norm_added_k", None)
+    found = []
+    for part, name in zip([*image_parts, *text_parts], norms, strict=True):
+        if part is not None:
+            part = part.unflatten(-1, (attn.heads, -1))
+            norm = getattr(attn, name, None) if name else None
+            part = part if norm is None else norm(part)
+        found.append(part)
+    return tuple(found)
+
+
+def _projected_out(attn: Any, x: Tensor) -> Tensor:
+    if getattr(attn, "to_out", None) is None:  # a single block of FLUX has its own
+        return x
+    return projected_out(attn, x)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    rotated: Tensor = apply_rotary_emb(x, (cos, sin), sequence_dim=1)
+    return rotated
