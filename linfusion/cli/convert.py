@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
-from linfusion.cli import load
+from linfusion.cli import check, load
 from linfusion.cli.console import Json, emit_json, working
 from linfusion.files.whole_files import writable_folder
 
@@ -35,7 +35,8 @@ def convert(
     The numbers stay as they are, and so does their dtype.
     """
     if model is not None:
-        load.check_model(model)
+        check.check_model(model)
+    check.check_weights(source)
     if (destination / "config.json").exists():
         raise ValueError(f"destination: {str(destination)!r} already holds weights")
     with working(f"reading {source}"):
@@ -56,7 +57,7 @@ def convert(
         else:
             from linfusion.linearize import linearize
 
-            pipe = load.load_pipeline(model or "", device_map="cpu")
+            pipe = load.load_pipeline(model or "", device="cpu")
             linearize(pipe, side.config.method, weights=source)
             save(pipe, destination, layout=_LAYOUT[to])
     if as_json:

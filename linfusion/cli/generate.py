@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from linfusion.cli import load
-from linfusion.cli.console import Json, emit_json, say, working
+from linfusion.cli import check, load
+from linfusion.cli.console import Json, emit_json, keeping, say, working
 from linfusion.cli.size import choose_size
 from linfusion.files.whole_files import writable_folder, writing
 
@@ -61,7 +61,7 @@ def generate(
     variant: load.VariantOption = None,
     revision: load.RevisionOption = None,
     token: load.TokenOption = None,
-    device_map: load.DeviceMapOption = None,
+    device: load.DeviceOption = None,
     lora: Annotated[
         list[str] | None,
         Option(metavar="JSON", help='{"lora_id": ..., "lora_scale": 1.0}; repeat to stack.'),
@@ -101,10 +101,15 @@ def generate(
         "num_inference_steps": _at_least(1, "num_inference_steps", steps),
     }
     call = {name: value for name, value in call.items() if value is not None}
+    check.check_device(device)
+    check.check_method(method)
+    check.check_weights(weights)
+    check.check_backend(attention_backend)
     guidance_scale = _at_least(0, "guidance_scale", guidance_scale)
-    more = load.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
-    loras = load.parse_lora(lora)
-    load.check_model(model)
+    more = check.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
+    loras = check.parse_lora(lora)
+    check.check_model(model)
+    check.check_class(model, classes)
     if softmax and (weights or layers):
         raise ValueError("--softmax: takes no --weights and no --layers")
     seed = secrets.randbelow(2**32) if seed is None else seed
@@ -120,7 +125,7 @@ def generate(
             variant=variant,
             revision=revision,
             token=token,
-            device_map=device_map,
+            device=device,
             cpu_offload=cpu_offload,
         )
         if type(pipe).__name__ == "LinGenPipeline":
@@ -137,6 +142,7 @@ def generate(
         pixels = load.size_in_pixels(pipe, height, width)
         call |= {"height": pixels[0], "width": pixels[1]}
         call |= draw_arguments(pipe, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+        check.check_call(pipe, more, ("prompt", "generator", "output_type", "return_dict"))
         call |= more
         if not softmax:
             size_of_auto = pixels if layers == "auto" else None
@@ -147,7 +153,7 @@ def generate(
             pipe,
             lora=loras,
             cpu_offload=cpu_offload,
-            device_map=device_map,
+            device=device,
             attention_backend=attention_backend,
             vae_tiling=vae_tiling,
             vae_slicing=vae_slicing,
@@ -161,18 +167,28 @@ def generate(
             "device": str(pipe._execution_device),
         }
         jobs = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
-        images = []
-        for i, (prompt, path) in enumerate(zip(jobs, paths, strict=True)):
-            image, seconds = _draw(pipe, prompt, seed + i, call)
-            described = {"prompt": prompt, "seed": seed + i, "seconds": round(seconds, 3)}
-            described |= {"width": image.width, "height": image.height}
-            save_png(image, path, {**common, **described, "call": call})
-            images.append({"path": str(path), **described})
-            say(f"{image.width}x{image.height} in {seconds:.1f} s, seed {seed + i}")
+        images: list[dict[str, Any]] = []
+        with keeping(lambda: _drawn(images, len(jobs), seed)), check.blaming(more):
+            for i, (prompt, path) in enumerate(zip(jobs, paths, strict=True)):
+                image, seconds = _draw(pipe, prompt, seed + i, call)
+                described = {"prompt": prompt, "seed": seed + i, "seconds": round(seconds, 3)}
+                described |= {"width": image.width, "height": image.height}
+                save_png(image, path, {**common, **described, "call": call})
+                images.append({"path": str(path), **described})
+                say(f"{image.width}x{image.height} in {seconds:.1f} s, seed {seed + i}")
     if as_json:
         emit_json({**common, "call": call, "images": images})
     else:
         print(*paths, sep="\n")
+
+
+def _drawn(images: list[dict[str, Any]], wanted: int, seed: int) -> str:
+    """What there is of the pictures, and how to go on."""
+    if not images:
+        return "nothing was drawn"
+    left = f"; --seed {seed + len(images)} goes on with the others"
+    last = images[-1]["path"]
+    return f"{len(images)} of {wanted} pictures are written, the last {last}{left}"
 
 
 def check_prompts(prompts: list[str]) -> None:

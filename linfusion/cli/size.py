@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+LONGEST = 2**18  # pixels of a side: eight times what anybody has drawn here
+
 
 def parse_size(size: str) -> tuple[int, int]:
     """(height, width) in pixels from "512x768" (width x height) or "512".
@@ -18,7 +20,10 @@ def parse_size(size: str) -> tuple[int, int]:
 
 
 def check_pixels(name: str, pixels: int) -> int:
-    """Refuse a side that is no multiple of the 8 pixels of a latent, and offer the nearest."""
+    """Refuse a side that is no multiple of the 8 pixels of a latent, and offer the nearest; and one
+    that no format of a picture here holds."""
+    if pixels > LONGEST:
+        raise ValueError(f"{name}: {pixels} px; accepted are multiples of 8 up to {LONGEST}")
     if pixels < 8 or pixels % 8:
         low = pixels // 8 * 8
         near = f"{low} and {low + 8}" if low else "8"

@@ -67,17 +67,8 @@ def open_video(
             before anything is written.
         ImportError: an MP4 without PyAV (extra `video`).
     """
-    path = Path(path)
+    (path, rate), (width, height) = check_video(path, fps, codec), _size(size)
     suffix = path.suffix.lower()
-    if suffix not in _FASTEST:
-        accepted = ", ".join(filter(None, _FASTEST))
-        raise ValueError(
-            f"path: suffix {suffix!r} of {path}; accepted: {accepted}, or none for a folder"
-        )
-    rate, (width, height) = _rate(fps, suffix), _size(size)
-    if codec is not None and suffix != ".mp4":
-        raise ValueError(f"codec: {codec!r} for {path}; accepted: only an .mp4 has a choice")
-    _check_place(path, folder=not suffix)
     encoder: _Encoder
     match suffix:
         case ".mp4":
@@ -87,6 +78,26 @@ def open_video(
         case _:
             encoder = _Animation(path, rate)
     return VideoWriter(path, width, height, encoder)
+
+
+def check_video(
+    path: str | os.PathLike[str], fps: float | Fraction, codec: str | None = None
+) -> tuple[Path, Fraction]:
+    """The path and the rate of a video that `open_video` would write; it refuses what that does."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _FASTEST:
+        accepted = ", ".join(filter(None, _FASTEST))
+        raise ValueError(
+            f"path: suffix {suffix!r} of {path}; accepted: {accepted}, or none for a folder"
+        )
+    rate = _rate(fps, suffix)
+    if codec is not None and suffix != ".mp4":
+        raise ValueError(f"codec: {codec!r} for {path}; accepted: only an .mp4 has a choice")
+    _check_place(path, folder=not suffix)
+    if suffix == ".mp4":
+        _check_codec(pyav(), codec or CODEC)
+    return path, rate
 
 
 class VideoWriter:
@@ -202,7 +213,6 @@ class _Mp4:
 
     def __init__(self, path: Path, rate: Fraction, width: int, height: int, codec: str) -> None:
         self.av = pyav()
-        _check_codec(self.av, codec)
         self.odd = (height % 2, width % 2)
         if any(self.odd):
             warnings.warn(

@@ -90,7 +90,7 @@ def save_checkpoint(config: TrainConfig, accelerator: Accelerator, step: int) ->
     # torch.save and safetensors have exceptions of their own for a disk that takes no more.
     except (OSError, RuntimeError, SafetensorError) as error:
         _remove(partial)
-        before = _checkpoints(out)
+        before = checkpoints(out)
         raise OSError(
             f"output_dir: {final} could not be written ({error}); "
             + (
@@ -100,7 +100,7 @@ def save_checkpoint(config: TrainConfig, accelerator: Accelerator, step: int) ->
             )
         ) from error
     if config.checkpoints_total_limit is not None:
-        others = [checkpoint for checkpoint in _checkpoints(out) if checkpoint != final]
+        others = [checkpoint for checkpoint in checkpoints(out) if checkpoint != final]
         for old in others[: max(0, len(others) + 1 - config.checkpoints_total_limit)]:
             _discard(old)
 
@@ -118,7 +118,7 @@ def _remove(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _checkpoints(out: Path) -> list[Path]:
+def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [p for p in out.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name)]
     return sorted(found, key=step_of)
@@ -136,7 +136,7 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
         ValueError: it names something that is no checkpoint, or is damaged, or a new run would mix
             its checkpoints with those of an earlier one.
     """
-    found = _checkpoints(Path(config.output_dir))
+    found = checkpoints(Path(config.output_dir))
     if config.resume_from_checkpoint is None:
         if found:
             raise ValueError(

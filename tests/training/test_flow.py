@@ -31,7 +31,7 @@ def settings(tmp_path, **changes):
         for i in range(4):
             tiny_image(i, 32).save(folder / f"{i}.png")
             (folder / f"{i}.txt").write_text(f"picture {i}")
-    return TrainConfig(
+    return TrainConfig.of(
         **{
             "method": "clear",
             "radius": 2,

@@ -32,7 +32,7 @@ def settings(tmp_path, **changes):
         for i in range(6):
             tiny_image(i, 32).save(folder / f"{i}.png")
             (folder / f"{i}.txt").write_text(f"picture {i}")
-    return TrainConfig(
+    return TrainConfig.of(
         **{
             "train_data_dir": str(folder),
             "output_dir": str(tmp_path / "out"),

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,19 +26,11 @@ from linfusion.training.data.pictures import (
     fit,
 )
 from linfusion.training.data.rows import filled
+from linfusion.training.data.schedule import Stage
 from linfusion.training.teachers.lingen import LinGenHost
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 SUFFIXES = (*IMAGE_SUFFIXES, ".gif", *VIDEO_SUFFIXES)
-STILLS = 0.25  # of the batches
-
-
-class Stage(NamedTuple):
-    """So many steps on clips of so many frames and pixels a side."""
-
-    steps: int
-    frames: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -56,11 +47,6 @@ class Film:
         for i, frame in enumerate(frames(self.path, "train_data_dir")):
             if i % stride == 0:
                 yield Image.fromarray(frame)
-
-
-def stages(schedule: str) -> list[Stage]:
-    """Of "steps,frames,size;steps,frames,size;..."."""
-    return [Stage(*map(int, part.split(","))) for part in schedule.split(";")]
 
 
 def film_folder(config: TrainConfig) -> list[Film]:
@@ -81,7 +67,7 @@ def film_folder(config: TrainConfig) -> list[Film]:
         caption_column=config.caption_column,
         anywhere=config.metadata_anywhere,
     )
-    stride = config.clip_stride or 1
+    stride = config.options.clip_stride
     return [
         Film(path, caption, file_digest(path), -(-count_frames(path, "train_data_dir") // stride))
         for path, caption in pairs[: config.max_train_samples]
@@ -94,13 +80,12 @@ def check_films(config: TrainConfig, host: LinGenHost, films: Sequence[Film]) ->
     Raises:
         ValueError: it does not; the message names the stage.
     """
-    assert config.clip_schedule is not None
     ratio, patch = ratios(host.pipe.vae)[0], host.model.config.patch_size[0]
     clips = [film for film in films if film.frames > 1]
     if not clips:
         raise ValueError(f"train_data_dir: {config.train_data_dir} has pictures alone, no clip")
     shortest = min(clips, key=lambda film: film.frames)
-    for stage in stages(config.clip_schedule):
+    for stage in config.options.stages:
         where = f"clip_schedule: {','.join(map(str, stage))}"
         if stage.size % host.multiple:
             raise ValueError(f"{where}: the size is no multiple of {host.multiple}")
@@ -135,9 +120,8 @@ class FilmSet:
     def __init__(
         self, config: TrainConfig, host: LinGenHost, films: Sequence[Film], *, processes: int = 1
     ) -> None:
-        assert config.clip_schedule is not None
         self._config, self._films = config, films
-        self._stages = stages(config.clip_schedule)
+        self._stages = config.options.stages
         self._ratio = ratios(host.pipe.vae)[0]
         self._clips = [i for i, film in enumerate(films) if film.frames > 1]
         self._stills = [i for i, film in enumerate(films) if film.frames == 1] or self._clips
@@ -163,8 +147,7 @@ class FilmSet:
         """
         config, stage = self._config, self.stage(number)
         shared = random.Random(f"{config.seed}/{number}")  # every process has the same shape
-        share = STILLS if config.proportion_stills is None else config.proportion_stills
-        still = shared.random() < share
+        still = shared.random() < config.options.proportion_stills
         among = self._stills if still else self._clips
         picked = torch.randint(len(among), (config.train_batch_size,), generator=generator)
         frames = 1 if still else (stage.frames - 1) // self._ratio + 1
@@ -190,7 +173,7 @@ def _encoded(
     config: TrainConfig, host: LinGenHost, films: Sequence[Film], size: int
 ) -> dict[int, Path]:
     """A file with the "latents" [C, T, h, w] of each film, in half precision."""
-    vae, stride = host.pipe.vae, config.clip_stride or 1
+    vae, stride = host.pipe.vae, config.options.clip_stride
     key = f"{module_digest(vae)}|{config.image_interpolation_mode}|{size}|{stride}"
     folder = config.cache_path / f"films-{digest(key)}"
     files = [folder / f"{film.digest}.safetensors" for film in films]

@@ -63,7 +63,7 @@ class WholeStudent:
             self.inheritance = inherit(student, policy=policy, seed=seed)
         else:
             student = type(self._own).from_pretrained(weights, torch_dtype=torch.float32)
-            linearize(student)
+            linearize(student, **options)
         self.model = student.eval().requires_grad_(True)
         for name, parameter in student.named_parameters():
             if ".norm1.emb." in name:

@@ -17,10 +17,10 @@ from linfusion.training.data.pictures import (
     image_folder,
     read_prompts,
     rgb,
-    webdataset_shards,
 )
 from linfusion.training.teachers.images import NoiseTeacher
-from linfusion.training.trainer import load_examples
+from linfusion.training.data.shards import webdataset_shards
+from linfusion.training.roles import load_examples
 from tests.tiny import tiny_image, tiny_sd_pipeline
 
 
@@ -218,7 +218,7 @@ def test_fitting_covers_and_crops_the_centre(size):
 
 
 def config(tmp_path, **changes):
-    return TrainConfig(
+    return TrainConfig.of(
         **{
             "train_data_dir": str(tmp_path / "pictures"),
             "output_dir": str(tmp_path / "out"),
