@@ -44,7 +44,7 @@ def train(context: Context, recipe: str | None = None, as_json: bool = False, **
     """
     # What was not given is as the recipe says.
     sources = {name: context.get_parameter_source(name) for name in flags}
-    changes = {
+    changes: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in flags.items()
         if (source := sources[name]) is not None and source.name != "DEFAULT"

@@ -93,7 +93,7 @@ class State:
                 " another folder"
             )
         else:
-            _refuse_other(self.folder, _parameters_in(file), parameters)
+            _refuse_other(self.folder, parameters_of(self.folder), parameters)
 
     def close(self) -> None:
         """Let other runs into the folder. Twice does nothing more."""
@@ -260,11 +260,21 @@ def unpack(
 
 def seed_of(folder: str | Path | None) -> int | None:
     """The seed of the run in a folder, if there is one."""
-    file = None if folder is None else Path(folder) / "parameters.json"
-    if file is None or not file.is_file():
-        return None
-    seed: int | None = _parameters_in(file).get("seed")
+    seed: int | None = None if folder is None else parameters_of(folder).get("seed")
     return seed
+
+
+def parameters_of(folder: str | Path) -> dict[str, Any]:
+    """What decides the run in a folder; nothing where there is none.
+
+    Raises:
+        ValueError: its file is not as it was written.
+    """
+    file = Path(folder) / "parameters.json"
+    try:
+        return whole_files.read_json(file) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"state: {error}") from error
 
 
 # Not closures: such refer to themselves, and keep what they saw until garbage is collected.
@@ -298,13 +308,6 @@ def _unpacked(value: Any, tensors: dict[str, Tensor], device: Any) -> Any:
     if "list" in value:
         return [_unpacked(v, tensors, device) for v in value["list"]]
     return tuple(_unpacked(v, tensors, device) for v in value["tuple"])
-
-
-def _parameters_in(file: Path) -> dict[str, Any]:
-    try:
-        return whole_files.read_json(file)
-    except ValueError as error:
-        raise ValueError(f"state: {error}") from error
 
 
 def _refuse_other(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def method_of(weights: Any, marker: Any) -> str:
     """
     if weights is None:
         return marker["method"] if marker else NAME
-    from linfusion.students.student import LinFusion, unreadable
+    from linfusion.students.student import LinFusion, read_config
 
     if isinstance(weights, LinFusion):
         return str(weights.config["method"])
@@ -36,11 +36,7 @@ def method_of(weights: Any, marker: Any) -> str:
         return NAME  # student_of refuses it
     if os.fspath(weights).endswith(".safetensors"):
         return next(name for name in names() if get_method(name).read_file is not None)
-    try:
-        config: Any = LinFusion.load_config(weights)
-    except OSError as error:
-        raise unreadable(weights, error) from error
-    return config.get("method", NAME)
+    return str(read_config(weights).get("method", NAME))
 
 
 def student_of(

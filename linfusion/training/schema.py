@@ -156,18 +156,18 @@ def _one_of(name: str, value: Any, hint: Any) -> Any:
 def _several(name: str, value: Any, hint: Any) -> tuple[Any, ...]:
     inner = typing.get_args(hint)
     if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)+", value) and set(inner) == {int}:
-        return _several(name, [int(part) for part in value.split(",")], hint)
-    if not isinstance(value, list | tuple):
+        parts: Any = [int(part) for part in value.split(",")]
+    elif isinstance(value, list | tuple):
+        parts = value
+    else:
         raise _refusal(name, value, hint)
     if inner[-1] is Ellipsis:
-        inner = (inner[0],) * len(value)
-    if len(value) != len(inner):
+        inner = (inner[0],) * len(parts)
+    if len(parts) != len(inner):
         raise _refusal(name, value, hint)
-    return tuple(checked(name, v, arg) for v, arg in zip(value, inner, strict=True))
+    return tuple(checked(name, v, arg) for v, arg in zip(parts, inner, strict=True))
 
 
 def _refusal(name: str, value: Any, hint: Any) -> ValueError:
-    choice = typing.get_origin(hint) is Literal or accepted(hint).count(",")
-    return ValueError(
-        f"{name}: got {value!r}, accepted {'are' if choice else 'is'} {accepted(hint)}"
-    )
+    verb = "are" if typing.get_origin(hint) is Literal else "is"
+    return ValueError(f"{name}: got {value!r}, accepted {verb} {accepted(hint)}")

@@ -97,9 +97,10 @@ def _shard_examples(shard: Path, caption_column: str) -> Iterator[Example]:
                 raise ValueError(
                     f"train_shards_path_or_url: the .json of {where} is no JSON ({error})"
                 ) from error
-            caption = fields.get(caption_column) if isinstance(fields, dict) else None
-            if not isinstance(caption, str):
+            found = fields.get(caption_column) if isinstance(fields, dict) else None
+            if not isinstance(found, str):
                 raise ValueError(f"caption_column: {caption_column!r} is no text in {where}")
+            caption = found
         yield Example(
             partial(_open, shard, image, where),
             caption,

@@ -262,7 +262,9 @@ def test_the_command_takes_a_recipe_and_what_is_otherwise(tmp_path, monkeypatch)
     flags = ["--recipe", "lit_emoji", "--train_data_dir", "p", "--heads", "4", "--json"]
     result = CliRunner().invoke(app, ["train", *flags, "--output_dir", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
-    assert seen[0].options.heads == 4 and seen[0].method == "lit" and seen[0].max_train_steps == 4500
+    assert (
+        seen[0].options.heads == 4 and seen[0].method == "lit" and seen[0].max_train_steps == 4500
+    )
     assert json.loads(result.stdout)["config"]["options"]["heads"] == 4
 
 
