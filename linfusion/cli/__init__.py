@@ -75,13 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = app(arguments, prog_name="linfusion", standalone_mode=False)
+        if code == 130:  # the parser's, of Ctrl-C where no command caught it
+            raise Interrupted("nothing was kept")
     except typer.TyperException as error:
         sys.exit(_refuse(error.format_message()))
-    except typer.Abort as error:
-        # A file that ends too early is none for click, which has asked nothing here.
-        if isinstance(error.__cause__ or error.__context__, EOFError):
-            sys.exit(_refuse("a file ends before its time"))
-        sys.exit(_refuse("interrupted; nothing was kept", 130))
+    except typer.Abort:  # the parser's, of a file that ends too early; it has asked nothing here
+        sys.exit(_refuse("a file ends before its time"))
     except Interrupted as error:
         sys.exit(_refuse(f"interrupted; {error}", 130))
     except _WRONG_CALL as error:

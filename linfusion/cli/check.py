@@ -137,7 +137,7 @@ def check_call(pipe: DiffusionPipeline, given: dict[str, Any], ours: Collection[
     for name in given:
         if name in ours:
             raise ValueError(f"--pipeline-kwargs: {name!r} is set by this command")
-        if name not in has and not any(p.kind is p.VAR_KEYWORD for p in has.values()):
+        if name not in has or has[name].kind is inspect.Parameter.VAR_KEYWORD:
             raise ValueError(f"--pipeline-kwargs: {type(pipe).__name__} takes no {name!r}")
 
 

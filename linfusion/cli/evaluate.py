@@ -146,6 +146,8 @@ def _student(pipe: Any, model: str, weights: str | None) -> str:
     """
     from linfusion.layers.record import MARKER
 
+    if type(pipe).__name__ == "LinGenPipeline":
+        raise ValueError(f"model: {model} draws videos, which are not judged here")
     folder = Path(check.check_model(model))
     own = getattr(pipe, "transformer", None)
     if weights is None and own is not None and MARKER in own.config and folder.is_dir():

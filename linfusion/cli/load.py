@@ -139,7 +139,7 @@ def _cached() -> str:
 
     try:
         found = sorted(repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos)
-    except (OSError, ValueError):  # there is no cache yet
+    except (OSError, ValueError, huggingface_hub.errors.CacheNotFound):
         found = []
     return f"cached are {', '.join(found)}" if found else "nothing is cached"
 

@@ -41,6 +41,11 @@ def summary(
         pipe = load.load_pipeline(
             model, dtype=dtype, variant=variant, revision=revision, token=token, device="cpu"
         )
+        if type(pipe).__name__ == "LinGenPipeline":
+            raise ValueError(
+                f"model: {model} is a {type(pipe.transformer).__name__}, linear itself: it has no"
+                " softmax layers that a method could take"
+            )
         weights = load.student_of(model, weights)
         config: Any = model_of(pipe).config
         if weights or MARKER in config:

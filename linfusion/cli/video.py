@@ -96,11 +96,11 @@ def video(
     height, width = choose_size(size, height, width)
     check.check_state(state, resume, "video")
     check.check_device(device)
+    if image is not None and go_on is not None:
+        raise ValueError("image: got one beside --continue; accepted is one of them")
     check.check_file("image", image)
     if go_on is not None and not go_on.exists():
         raise ValueError(f"continue: there is no video {str(go_on)!r}")
-    if image is not None and go_on is not None:
-        raise ValueError("image: got one beside --continue; accepted is one of them")
     check.check_model(model)
     writable_folder("output", output.parent)
 

@@ -314,7 +314,9 @@ def writable_folder(argument: str, folder: str | os.PathLike[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Part(folder / "probe").discard()
     except OSError as error:
-        raise ValueError(f"{argument}: cannot write to {folder} ({error.strerror})") from error
+        raise ValueError(
+            f"{argument}: cannot write to {str(folder)!r} ({error.strerror})"
+        ) from error
     return folder
 
 

@@ -137,7 +137,10 @@ def test_an_interrupted_video_plays_and_goes_on(video, tmp_path, interrupted):
     code, out, err = video(*common, "-o", tmp_path / "a.mp4")
     assert (code, out) == (130, "")
     last = err.strip().splitlines()[-1]
-    assert last == f"linfusion: interrupted; 6 frames are in {tmp_path / 'a.mp4'}"
+    assert last == (
+        f"linfusion: interrupted; 6 frames are in {tmp_path / 'a.mp4'}; what is done is in"
+        f" {tmp_path / 'run'}: the same command with --resume goes on"
+    )
     assert len(read_video(tmp_path / "a.mp4")) == 6
     assert video(*common, "-o", tmp_path / "a.mp4")[0] == 0
     assert video("--seed", 3, "-o", tmp_path / "b.mp4")[0] == 0
@@ -158,9 +161,10 @@ WRONG = {
     "folder": (["-o", "/dev/null/x.mp4"], {}, "output: cannot write to '/dev/null'"),
     "codec": (["--codec", "magic"], {}, "codec: 'magic' is not one that this PyAV has"),
     "resume": (["--resume"], {}, "resume: needs --state"),
-    "state": (["--state", "/dev/null/run"], {}, "state: cannot write to /dev/null/run"),
-    "image": (["--image", "nowhere.png"], {}, "nowhere.png"),
-    "clip": (["--continue", "nowhere.mp4"], {}, "video: there is no file 'nowhere.mp4'"),
+    "state": (["--state", "/dev/null/run"], {}, "state: cannot write to '/dev/null/run'"),
+    "image": (["--image", "nowhere.png"], {}, "image: there is no file 'nowhere.png'"),
+    "device": (["--device", "foo"], {}, "device: 'foo' is none; accepted are cuda, cuda:1"),
+    "clip": (["--continue", "nowhere.mp4"], {}, "continue: there is no video 'nowhere.mp4'"),
     "both": (["--image", "a.png", "--continue", "b.mp4"], {}, "image: got one beside --continue"),
     "model": (["-m", "zoo:cats"], {}, "no model 'cats' in the zoo"),
 }
