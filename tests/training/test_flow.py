@@ -214,3 +214,17 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, changes,
     with pytest.raises(ValueError, match=message):
         distill(settings(tmp_path, **changes), pipeline=tiny_flux_pipeline())
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("host, changes, said", [
+    ("flux", {"in_channels": 24, "out_channels": 8}, "takes 24 channels and predicts 8"),
+    ("sd3", {"in_channels": 8, "out_channels": 4}, "takes 8 channels and predicts 4"),
+])  # fmt: skip
+def test_a_model_that_is_also_given_a_picture_is_refused_before_anything_is_written(
+    tmp_path, host, changes, said
+):
+    pipe = PIPELINES[host]()
+    pipe.transformer.register_to_config(**changes)  # as of FLUX Fill
+    with pytest.raises(ValueError, match=f"pretrained_model_name_or_path: .*{said}.*from text"):
+        distill(settings(tmp_path), pipeline=pipe)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
