@@ -61,11 +61,13 @@ def _finite(value: Any) -> Any:
 def emit_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """A table on stdout; columns after the first are figures and flush right."""
     # Text, not str: in those rich reads what is in brackets as markup, and paths have brackets.
-    table = Table(title=Text(title) if title else None, title_justify="left")
+    table = Table()
     for i, column in enumerate(columns):
         table.add_column(Text(column), justify="right" if i else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
+    if title:  # not the table's own, which is folded to its width
+        print(title)
     # Into a file or a pipe rich would fold at 80 columns.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 

@@ -68,7 +68,8 @@ class Part:
             if os.path.exists(self.path):  # nobody took it for a leftover before it was locked
                 break
             os.close(number)
-        self.file: IO[bytes] = os.fdopen(number, "w+b")
+        # By its path, not by its number: tifffile asks the file for its name.
+        self.file: IO[bytes] = open(self.path, "w+b", opener=lambda *_: number)  # noqa: SIM115
 
     def flush(self) -> None:
         """All that was written is on the disk."""
