@@ -8,14 +8,15 @@ WANTS  := pyproject.toml setup.py constraints.txt
 # Two tests at a time, one thread each: the tensors are tiny, and two threads only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-gpu checkstyle bench aot docs clean
+.PHONY: help demo test test-gpu checkstyle bench aot ptx docs clean
 help:
 	@echo "make demo        pictures by the softmax teacher and the linear student, in demo/"
 	@echo "make test        checkstyle, then the tests"
 	@echo "make test-gpu    kernels, processors and a pipeline each on a GPU; skipped where there is none"
 	@echo "make checkstyle  ruff and mypy"
 	@echo "make bench       benchmarks; one of them with ONLY=<name>"
-	@echo "make aot         compile every Triton kernel for four GPUs, without a GPU"
+	@echo "make aot         compile every Triton kernel for nine GPUs, without a GPU"
+	@echo "make ptx         execute what was compiled on the CPU, against the reference; ARCH=90 for sm_90"
 	@echo "make docs        build the site into site/"
 	@echo "make clean       remove .venv and what was built"
 
@@ -51,6 +52,9 @@ bench: $(VENV)/.dev
 
 aot: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.aot
+
+ptx: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.ptx $(if $(ARCH),--arch $(ARCH))
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -16,7 +16,7 @@ from benchmarks.linear import core, layer, scaling
 from benchmarks.lit import convolution, heads, step
 from benchmarks.lit import core as lit_core
 from benchmarks.measure import HEADER, Row, keep, line, machine
-from benchmarks.ssd import bidirectional, mamba2
+from benchmarks.ssd import mamba2
 from benchmarks.unet import SIZES, unet
 from benchmarks.video import block, growth, stream
 from benchmarks.video import step as video_step
@@ -32,7 +32,7 @@ BENCHMARKS = {
     "dit": (step,),
     "window": (flex, softmax, window_scaling),
     "flux": (flux,),
-    "ssd": (mamba2, bidirectional),
+    "ssd": (mamba2,),
     "video": (growth, video_step, block, stream),
 }
 

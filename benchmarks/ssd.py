@@ -1,27 +1,23 @@
 """The scan of Mamba-2, forward and backward, against the chunked scan that transformers runs.
 
 The rival is what their `Mamba2Mixer` calls where `mamba_ssm` is not installed, on the same inputs
-and with the same chunks. Both directions at once are against two scans of ours.
+and with the same chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.measure import Row, compare
-from linfusion.kernels import ssd_bidirectional, ssd_scan
+from linfusion.kernels import ssd_scan
 
 TOKENS, HEADS, DIM, STATE = 8192, 8, 64, 64
 # Chunks of 256 and 8 groups are transformers' defaults, 1 group that of mamba_ssm.
 CASES = ((256, 8), (64, 1), (64, 8))
-
-# Tokens, chunk and groups of both directions at once.
-BOTH = ((4096, 64, 1), (4096, 64, 8))
 
 Scan = Callable[..., Tensor]
 
@@ -74,25 +70,3 @@ def mamba2() -> Iterator[list[Row]]:
         runs = {name: partial(_train, scan, inputs) for name, scan in scans.items()}
         name = f"ssd {chunk_size}/{groups}"
         yield compare(name, TOKENS, torch.float32, runs, runs=3, errors=errors)
-
-
-def _two_scans(*scanned: Tensor, D: Tensor, **options: Any) -> Tensor:
-    return ssd_scan(*scanned, D=D, **options) + ssd_scan(*scanned, reverse=True, **options)
-
-
-def bidirectional() -> Iterator[list[Row]]:
-    """A forward and backward pass at 4,096 tokens, 8 heads × 64, state 64."""
-    for tokens, chunk_size, groups in BOTH:
-        inputs = _inputs(groups, tokens)
-        options = {"chunk_size": chunk_size, "dt_softplus": True}
-        scans: dict[str, Scan] = {
-            "two scans": partial(_two_scans, **options),
-            "bidirectional": partial(ssd_bidirectional, **options),
-        }
-        with torch.inference_mode(False):
-            doubles = [t.detach().double().requires_grad_() for t in inputs]
-        truth = _train(scans["two scans"], doubles)
-        errors = {name: _error(scan, inputs, truth) for name, scan in scans.items()}
-        runs = {name: partial(_train, scan, inputs) for name, scan in scans.items()}
-        name = f"both {chunk_size}/{groups}"
-        yield compare(name, tokens, torch.float32, runs, runs=9, errors=errors)

@@ -13,6 +13,7 @@ from linfusion._version import __version__
 
 if TYPE_CHECKING:
     from linfusion.attention.clear.processor import CLEARProcessor
+    from linfusion.attention.hosts import describe_host
     from linfusion.attention.linfusion.processor import LinFusionProcessor
     from linfusion.attention.lit import LiTProcessor
     from linfusion.attention.mamba2.bidirectional import BiMamba2
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from linfusion.linearize import linearize, restore
     from linfusion.lit.inherit import inherit
     from linfusion.models import LinGenTransformer3DModel, StreamState
+    from linfusion.parallel.parallelize import parallelize, unparallelize
     from linfusion.pipelines.highres.pipeline import HighResPipeline
     from linfusion.pipelines.lingen.pipeline import LinGenPipeline
     from linfusion.summary import summary
@@ -44,13 +46,16 @@ _HOME = {
     "Mamba2": "linfusion.attention.mamba2.causal",
     "StreamState": "linfusion.models",
     "TESA": "linfusion.attention.mate.tesa",
+    "describe_host": "linfusion.attention.hosts",
     "fuse": "linfusion.fuse",
     "inherit": "linfusion.lit.inherit",
     "linear_attention": "linfusion.kernels",
     "linearize": "linfusion.linearize",
+    "parallelize": "linfusion.parallel.parallelize",
     "restore": "linfusion.linearize",
     "summary": "linfusion.summary",
     "unfuse": "linfusion.fuse",
+    "unparallelize": "linfusion.parallel.parallelize",
     "window_attention": "linfusion.kernels",
 }
 
@@ -69,13 +74,16 @@ __all__ = [
     "Mamba2",
     "StreamState",
     "__version__",
+    "describe_host",
     "fuse",
     "inherit",
     "linear_attention",
     "linearize",
+    "parallelize",
     "restore",
     "summary",
     "unfuse",
+    "unparallelize",
     "window_attention",
 ]
 

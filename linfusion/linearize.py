@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from linfusion.attention import get_method
 from linfusion.attention.grids import video as volumes
-from linfusion.layers.find import candidates, compute_dtype, model_of, select, tokens_at
+from linfusion.attention.method import Method
+from linfusion.layers.find import (
+    candidates,
+    compute_dtype,
+    model_of,
+    models_of,
+    select,
+    tokens_at,
+)
 from linfusion.layers.offload import lifted
-from linfusion.layers.projections import projections, put_in, refuse_copied, swap
-from linfusion.layers.record import MARKER, RECORD, Record, TakenLayer, mark, record_of
-from linfusion.students.loading import fit, method_of, student_of
+from linfusion.layers.projections import put_in, refuse_copied, swap
+from linfusion.layers.record import (
+    MARKER,
+    RECORD,
+    Record,
+    TakenLayer,
+    mark,
+    record_of,
+    set_processor,
+)
+from linfusion.layers.watch import look, put_back
+from linfusion.students.loading import fit, method_of, student_of, weights_by_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,30 +88,67 @@ def linearize(
         ValueError: it is linearized already; nothing to take; weights that do not fit or are for
             another method; a selector that selects nothing. The model is as it was.
     """
-    model = model_of(model_or_pipe)
-    record = record_of(model)
+    models = models_of(model_or_pipe)
+    first = next(iter(models.values()))
     if method is None:
-        method = record.method if record else method_of(weights, _marker(model))
+        record = record_of(first)
+        method = record.method if record else method_of(_one(weights), _marker(first))
     mechanism = get_method(method)
     if hasattr(model_or_pipe, "set_pag_applied_layers") and mechanism.pag_processors is None:
         raise ValueError(
             f"model_or_pipe: {type(model_or_pipe).__name__} guides with perturbed attention, which"
             f" method {method!r} does not have; use the pipeline without PAG"
         )
-    if record is not None:
-        if weights is None and layers is None and not options and method == record.method:
-            repaired = _put_back(model, record) + _take_pag(model_or_pipe, mechanism)
-            if repaired:
+    records = [record for record in map(record_of, models.values()) if record is not None]
+    if records:
+        plain = weights is None and layers is None and not options
+        if plain and len(records) == len(models) and {r.method for r in records} == {method}:
+            repaired = sum(map(put_back, models.values(), records))
+            if repaired + _take_pag(model_or_pipe, mechanism):
                 return model_or_pipe
+        kinds = ", ".join(type(m).__name__ for m in models.values() if record_of(m) is not None)
         raise ValueError(
-            f"model_or_pipe: {type(model).__name__} is linearized already ({record.method},"
-            f" {len(record.layers)} layers); call linfusion.restore first"
+            f"model_or_pipe: {kinds} is linearized already ({records[0].method},"
+            f" {sum(len(r.layers) for r in records)} layers); call linfusion.restore first"
         )
-    found: dict[str, Any] = dict(candidates(model, method))
-    if layers == "auto":
-        latent = _latent_size(model_or_pipe, size)
-    elif size is not None:
+    if layers != "auto" and size is not None:
         raise ValueError(f'size: got {size!r}, which only layers="auto" takes')
+    latent = _latent_size(model_or_pipe, size) if layers == "auto" else None
+    students = weights_by_model(weights, models)
+    plans = [
+        _plan(model, mechanism, students[name], layers, latent, size, options)
+        for name, model in models.items()
+    ]
+    for plan in plans:  # nothing can be wrong any more: all of the models are taken, or none
+        _put_on(plan)
+    _take_pag(model_or_pipe, mechanism)
+    return model_or_pipe
+
+
+@dataclass
+class _Plan:
+    """What is going to be put on one model, once it is certain that it fits."""
+
+    model: nn.Module
+    mechanism: Method
+    layers: dict[str, Any]  # by path
+    settings: dict[str, Any]
+    learned: dict[str, dict[str, Any]]
+    children: dict[str, nn.Module]
+    fresh: bool
+
+
+def _plan(
+    model: nn.Module,
+    mechanism: Method,
+    weights: Any,
+    layers: str | Iterable[str] | None,
+    latent: tuple[int, ...] | None,
+    size: Any,
+    options: dict[str, Any],
+) -> _Plan:
+    method = mechanism.name
+    found: dict[str, Any] = dict(candidates(model, method))
     side = student_of(model, found, weights, _marker(model), method)
     if side is not None and side.config["method"] != method:
         raise ValueError(
@@ -116,7 +169,7 @@ def linearize(
         else fit(model, found, side, partial=layers is not None)
     )
     paths = [path for path in found if path in learned and path in settings]
-    if layers == "auto":
+    if latent is not None:
         paths = [
             path
             for path in paths
@@ -142,33 +195,42 @@ def linearize(
         if own:
             child.load_state_dict(own)
         children[path] = child.to(dtype).train(found[path].training)
+    return _Plan(
+        model,
+        mechanism,
+        {path: found[path] for path in paths},
+        {path: settings[path] for path in paths},
+        learned,
+        children,
+        side is None,
+    )
 
-    chosen = {path: settings[path] for path in paths}
-    record = Record(mechanism.name, {}, chosen, fresh=side is None)
-    mechanism.attach(model, chosen)
+
+def _put_on(plan: _Plan) -> None:
+    model, mechanism = plan.model, plan.mechanism
+    record = Record(mechanism.name, {}, plan.settings, fresh=plan.fresh)
+    mechanism.attach(model, plan.settings)
     with lifted(model):
-        processor = mechanism.processor()
-        for path in paths:
-            attn = found[path]
+        processor_for = mechanism.processors(model)
+        for path, attn in plan.layers.items():
             taken = record.layers[path] = TakenLayer(attn.processor)
-            if side is None and mechanism.inherit is not None:
-                mechanism.inherit(attn, children[path])
-            put_in(attn, learned[path], taken)
-            device = projections(attn)["to_q"].weight.device
-            attn.add_module(mechanism.name, children[path].to(device))
-            attn.set_processor(processor)
+            if plan.fresh and mechanism.inherit is not None:
+                mechanism.inherit(attn, plan.children[path])
+            put_in(attn, plan.learned[path], taken)
+            device = next(attn.parameters()).device
+            processor = processor_for(attn)
+            attn.add_module(mechanism.name, plan.children[path].to(device))
+            set_processor(attn, processor)
     setattr(model, RECORD, record)
-    model.register_forward_pre_hook(_look)
+    model.register_forward_pre_hook(look)
     mark(
         model,
         {
             "method": mechanism.name,
-            "layers": chosen,
+            "layers": plan.settings,
             "attention_weights": any(t.base_weights for t in record.layers.values()),
         },
     )
-    _take_pag(model_or_pipe, mechanism)
-    return model_or_pipe
 
 
 def restore(model_or_pipe: Any) -> Any:
@@ -183,15 +245,20 @@ def restore(model_or_pipe: Any) -> Any:
     Raises:
         ValueError: it is not linearized, or a LoRA is merged into weights that would be swapped.
     """
-    model = model_of(model_or_pipe)
-    record = record_of(model)
-    if record is None:
-        raise ValueError(
-            f"model_or_pipe: {type(model).__name__} is not linearized, so nothing to restore"
-        )
-    for path, taken in record.layers.items():
-        if taken.base_weights:
-            refuse_copied(path, model.get_submodule(path))
+    records = _records(model_or_pipe, ", so nothing to restore")
+    for model, record in records:
+        for path, taken in record.layers.items():
+            if taken.base_weights:
+                refuse_copied(path, model.get_submodule(path))
+    for model, record in records:
+        _take_off(model, record)
+    if hasattr(model_or_pipe, _PAG):
+        model_or_pipe._pag_attn_processors = getattr(model_or_pipe, _PAG)
+        delattr(model_or_pipe, _PAG)
+    return model_or_pipe
+
+
+def _take_off(model: nn.Module, record: Record) -> None:
     mechanism = get_method(record.method)
     with lifted(model):
         mechanism.detach(model)
@@ -200,7 +267,7 @@ def restore(model_or_pipe: Any) -> Any:
             for name in (mechanism.name, mechanism.fused_name or ""):
                 attn._modules.pop(name, None)
             swap(attn, taken)
-            attn.set_processor(taken.processor)
+            set_processor(attn, taken.processor)
     # What fuse_qkv_projections laid aside would bring our processors back.
     stash = getattr(model, "original_attn_processors", None)
     for path, taken in record.layers.items():
@@ -208,13 +275,24 @@ def restore(model_or_pipe: Any) -> Any:
             stash[f"{path}.processor"] = taken.processor
     delattr(model, RECORD)
     for key, hook in list(model._forward_pre_hooks.items()):
-        if hook is _look:
+        if hook is look:
             del model._forward_pre_hooks[key]
     mark(model, None)
-    if hasattr(model_or_pipe, _PAG):
-        model_or_pipe._pag_attn_processors = getattr(model_or_pipe, _PAG)
-        delattr(model_or_pipe, _PAG)
-    return model_or_pipe
+
+
+def _records(model_or_pipe: Any, consequence: str = "") -> list[tuple[nn.Module, Record]]:
+    """The linearized models and what is remembered of each.
+
+    Raises:
+        ValueError: none is linearized.
+    """
+    models = models_of(model_or_pipe).values()
+    found = [(model, record_of(model)) for model in models]
+    linear = [(model, record) for model, record in found if record is not None]
+    if not linear:
+        kinds = ", ".join(type(model).__name__ for model in models)
+        raise ValueError(f"model_or_pipe: {kinds} is not linearized{consequence}")
+    return linear
 
 
 @contextmanager
@@ -227,46 +305,40 @@ def as_softmax(model_or_pipe: Any) -> Iterator[Any]:
     Raises:
         ValueError: it is not linearized.
     """
-    model = model_of(model_or_pipe)
-    record = record_of(model)
-    if record is None:
-        raise ValueError(f"model_or_pipe: {type(model).__name__} is not linearized")
+    records = _records(model_or_pipe)
+    for model, record in records:
+        for path, taken in record.layers.items():
+            if taken.base_weights:
+                refuse_copied(path, model.get_submodule(path))
+    with ExitStack() as stack:
+        for model, record in records:
+            stack.enter_context(_softmax(model, record))
+        yield model_or_pipe
+
+
+@contextmanager
+def _softmax(model: nn.Module, record: Record) -> Iterator[None]:
     layers: list[tuple[Any, TakenLayer]] = [
         (model.get_submodule(path), taken) for path, taken in record.layers.items()
     ]
     ours = [attn.processor for attn, _ in layers]
     swaps = any(taken.base_weights for _, taken in layers)
-    for path, taken in record.layers.items():
-        if taken.base_weights:
-            refuse_copied(path, model.get_submodule(path))
     mechanism = get_method(record.method)
     with lifted(model) if swaps else nullcontext():
         mechanism.detach(model)
         for attn, taken in layers:
             swap(attn, taken)
-            attn.set_processor(taken.processor)
+            set_processor(attn, taken.processor)
     delattr(model, RECORD)  # so that nothing says our processors are missing
     try:
-        yield model_or_pipe
+        yield
     finally:
         setattr(model, RECORD, record)
         with lifted(model) if swaps else nullcontext():
             for (attn, taken), processor in zip(layers, ours, strict=True):
                 swap(attn, taken)
-                attn.set_processor(processor)
+                set_processor(attn, processor)
             mechanism.attach(model, record.settings)
-
-
-def _put_back(model: nn.Module, record: Record) -> int:
-    """Set our processors where something else has taken over; how many."""
-    mechanism = get_method(record.method)
-    lost = _displaced(model, record)
-    processor = mechanism.processor()
-    for path in lost:
-        attn: Any = model.get_submodule(path)
-        attn.set_processor(processor)
-    record.warned.discard("displaced")
-    return len(lost)
 
 
 def _take_pag(model_or_pipe: Any, mechanism: Any) -> int:
@@ -281,50 +353,9 @@ def _take_pag(model_or_pipe: Any, mechanism: Any) -> int:
     return 1
 
 
-def _displaced(model: nn.Module, record: Record) -> dict[str, str]:
-    """Layers whose processor is no longer ours, and the class it is of."""
-    ours = get_method(record.method).processor
-    processors = {path: model.get_submodule(path).processor for path in record.layers}
-    return {p: type(x).__name__ for p, x in processors.items() if not isinstance(x, ours)}
-
-
-def _look(model: nn.Module, args: Any) -> None:
-    """Before a forward: say, once each, that we were displaced or that nothing was learned."""
-    record = record_of(model)
-    if record is None or torch.compiler.is_compiling():
-        return
-    if "displaced" not in record.warned:
-        lost = _displaced(model, record)
-        if lost:
-            record.warned.add("displaced")
-            kinds = ", ".join(sorted(set(lost.values())))
-            what = (
-                "linfusion.linearize(pipe) on that pipeline makes its guidance linear"
-                if kinds.startswith("PAG")
-                else f"linfusion.linearize(model, {record.method!r}) puts them back with the"
-                " weights they had,"
-                " linfusion.restore(model) makes the model softmax for good"
-            )
-            warnings.warn(
-                f"{len(lost)} of {len(record.layers)} linear attention layers run {kinds} instead:"
-                " a later call replaced their processors (enable_attention_slicing,"
-                " fuse_qkv_projections, xformers and set_attn_processor do), and softmax with the"
-                f" weights of a linear student gives wrong pictures. {what}.",
-                UserWarning,
-                stacklevel=2,
-            )
-    if record.fresh and "fresh" not in record.warned and not torch.is_grad_enabled():
-        record.warned.add("fresh")
-        mechanism = get_method(record.method)
-        learned = [model.get_submodule(f"{path}.{mechanism.name}") for path in record.layers]
-        if all(mechanism.is_fresh(child) for child in learned):
-            warnings.warn(
-                f"{type(model).__name__} is linearized without weights: pictures will be wrong"
-                " until those of a distilled student are loaded (restore, then"
-                f" linearize(pipe, {mechanism.student})) or trained.",
-                UserWarning,
-                stacklevel=2,
-            )
+def _one(weights: Any) -> Any:
+    """A student, of one of the models."""
+    return next(iter(weights.values()), None) if isinstance(weights, Mapping) else weights
 
 
 def _marker(model: nn.Module) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from linfusion.attention import get_method, names
-from linfusion.attention.method import Method, channels_of
-from linfusion.layers.find import candidates, model_of
-from linfusion.layers.record import record_of
+from linfusion.attention.method import Method, channels_of, heads_of
+from linfusion.layers.find import candidates, models_of
+from linfusion.layers.record import Record, record_of
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,28 @@ def summary(model_or_pipe: Any, method: str | None = None) -> Summary:
     Raises:
         ValueError: it has no self-attention that could be linear, or is linear by another method.
     """
-    model = model_of(model_or_pipe)
-    record = record_of(model)
-    if record is not None and method not in (None, record.method):
-        raise ValueError(f"method: got {method!r}, but the model is linear by {record.method!r}")
+    models = models_of(model_or_pipe)
+    layers: list[LayerSummary] = []
+    fused = False
+    methods = []
+    for name, model in models.items():
+        record = record_of(model)
+        if record is not None and method not in (None, record.method):
+            raise ValueError(
+                f"method: got {method!r}, but the model is linear by {record.method!r}"
+            )
+        methods += [record.method] if record else []
+        own, own_fused = _layers(model, record, method, f"{name}." if len(models) > 1 else "")
+        layers += own
+        fused = fused or own_fused
+    kinds = ", ".join(type(model).__name__ for model in models.values())
+    return Summary(kinds, " and ".join(dict.fromkeys(methods)) or None, fused, layers)
+
+
+def _layers(
+    model: nn.Module, record: Record | None, method: str | None, prefix: str
+) -> tuple[list[LayerSummary], bool]:
+    """Those of one model, and whether any is fused."""
     if record is not None:
         mechanism = get_method(record.method)
     else:
@@ -97,16 +115,16 @@ def summary(model_or_pipe: Any, method: str | None = None) -> Summary:
         fused = fused or hasattr(attn, mechanism.fused_name or "")
         layers.append(
             LayerSummary(
-                path=path,
+                path=f"{prefix}{path}",
                 linear=isinstance(attn.processor, mechanism.processor),
                 channels=channels_of(attn),
-                heads=attn.heads,
+                heads=heads_of(attn),
                 parameters=sum(p.numel() for p in child.parameters()) if child else 0,
                 state_bytes=mechanism.state_bytes(attn),
                 break_even_tokens=mechanism.break_even_tokens(attn, settings[path]),
             )
         )
-    return Summary(type(model).__name__, record.method if record else None, fused, layers)
+    return layers, fused
 
 
 def _first_that_fits(model: nn.Module) -> Method:

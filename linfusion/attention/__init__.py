@@ -6,9 +6,10 @@ from linfusion.attention.method import Method
 
 _HOME = {
     "linfusion": "linfusion.attention.linfusion.method",
-    "clear": "linfusion.attention.clear.method",
     "lit": "linfusion.attention.lit",
     "mate": "linfusion.attention.mate.method",
+    "clear": "linfusion.attention.clear.method",
+    "hybrid": "linfusion.attention.hybrid.method",
 }
 
 

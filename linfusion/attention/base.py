@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from linfusion.attention.method import unsupported
 
@@ -29,8 +29,9 @@ class Processor:
         """
         if self._parallel_config is not None:
             raise ValueError(
-                f"_parallel_config: {type(self).__name__} does not run under diffusers' context"
-                " parallelism; it would see only its own share of the tokens"
+                f"_parallel_config: {type(self).__name__} does not run under diffusers'"
+                " enable_parallelism, where it would see only its own share of the tokens; call"
+                " linfusion.parallelize(pipe) instead"
             )
 
     def refuse_mask(self, attention_mask: Tensor | None, why: str) -> None:
@@ -186,3 +187,19 @@ def finished(attn: Attention, out: Tensor, residual: Tensor) -> Tensor:
     if attn.residual_connection:
         out = out + residual
     return out / attn.rescale_output_factor if attn.rescale_output_factor != 1 else out
+
+
+def untouched(module: Any, kind: type[nn.Module], x: Tensor) -> bool:
+    """Whether a call of the module is what `kind` computes for x from its own weights, no more.
+
+    It is not where something hooks, wraps, quantises or offloads it: then it has to be called.
+    """
+    if type(module) is not kind or "forward" in vars(module):
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, name) for name in hooks):
+        return False
+    weights = list(module.parameters(recurse=False))
+    return bool(weights) and all(
+        type(w) is nn.Parameter and w.device == x.device and w.dtype == x.dtype for w in weights
+    )

@@ -150,16 +150,21 @@ class LinearMixer(nn.Module):
         self.norm_q = nn.RMSNorm(width, eps=1e-5) if self.form.qk_norm else None
         self.norm_k = nn.RMSNorm(width, eps=1e-5) if self.form.qk_norm else None
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Linear attention on projections [B, N, C], without the convolution."""
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, shard: Any = None) -> Tensor:
+        """Linear attention on projections [B, N, C], without the convolution.
+
+        With a `linfusion.parallel.Shard`, these are one rank's tokens and it is over those of all.
+        """
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
         if self.form.key_center:
             wide = k.to(torch.promote_types(k.dtype, torch.float32))
-            k = (wide - wide.mean(1, keepdim=True)).to(k.dtype)
+            mean = wide.mean(1, keepdim=True) if shard is None else shard.mean(wide)
+            k = (wide - mean).to(k.dtype)
         feature_map, eps = _PUBLISHED[self.form.normalizer]
         q, k, v = (x.unflatten(-1, (self.form.heads, -1)) for x in (q, k, v))
-        out = linear_attention(
+        attend: Any = linear_attention if shard is None else shard.linear_attention
+        out: Tensor = attend(
             q, k, v, feature_map=feature_map, normalizer=self.form.normalizer, eps=eps
         )
         return out.flatten(2)
@@ -172,16 +177,22 @@ class LinearMixer(nn.Module):
         Args:
             q, k, v: projections [B, N, C].
             x: [B, N, C], what came into the layer, for "input_full".
-            grid: (h, w), h·w = N; None only without a convolution.
+            grid: (h, w), h·w = N, a `LocalGrid` where others have further rows; None only without
+                a convolution.
 
         Returns:
             [B, N, C] in the dtype of v, before the output projection.
         """
+        shard = getattr(grid, "shard", None)
         if self.dwc is None:
-            return self.mix(q, k, v)
+            return self.mix(q, k, v, shard)
         assert grid is not None
-        local = self.dwc(x if self.form.conv == "input_full" else v, grid)
-        return local.add_(self.mix(q, k, v)).to(v.dtype)
+        seen = x if self.form.conv == "input_full" else v
+        if shard is None:
+            local = self.dwc(seen, grid)
+        else:
+            local = shard.around(seen, self.form.kernel_size // 2, self.dwc)
+        return local.add_(self.mix(q, k, v, shard)).to(v.dtype)
 
 
 class LiTProcessor(Processor):

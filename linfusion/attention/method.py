@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from linfusion.attention.hosts.layers import pixel_layers
+
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
@@ -38,7 +40,7 @@ class Method:
 
     Attributes:
         name: what `linearize(model, name)` takes, and the trainer and the command line.
-        processor: class of the stateless processor; constructible without arguments.
+        processor: class, or classes, of its processors.
         options: dataclass of what `linearize(model, name, **options)` takes, each with a default;
             it checks their values.
         layers: `(model) -> {path: attention layer}` that the method may take; ValueError if there
@@ -71,10 +73,12 @@ class Method:
         attach: `(model, settings)`, puts on the whole model what the layers need to know; called
             after `linearize`.
         detach: `(model)`, takes that off again.
+        processor_of: `(model) -> (attn) -> processor` that takes a layer over, made of the one it
+            has; None is one of the class, without state, for all layers.
     """
 
     name: str
-    processor: type
+    processor: type | tuple[type, ...]
     options: type
     layers: Callable[[nn.Module], dict[str, Any]]
     setting_key: str
@@ -95,6 +99,15 @@ class Method:
     nullable: tuple[str, ...] = ()
     attach: Callable[[nn.Module, Mapping[str, Any]], None] = lambda model, settings: None
     detach: Callable[[nn.Module], None] = lambda model: None
+    processor_of: Callable[[nn.Module], Callable[[Any], Any]] | None = None
+
+    def processors(self, model: nn.Module) -> Callable[[Any], Any]:
+        """What makes the processor that takes a layer over."""
+        if self.processor_of is not None:
+            return self.processor_of(model)
+        assert isinstance(self.processor, type)
+        one = self.processor()
+        return lambda attn: one
 
     @property
     def option_names(self) -> list[str]:
@@ -165,8 +178,29 @@ class StudentFile:
 
 def channels_of(attn: Any) -> int:
     """Channels of the tokens that come into a layer, or into an entry of a checkpoint."""
-    width: int = attn.query_dim if hasattr(attn, "query_dim") else attn.to_q.in_features
+    width: int = attn.query_dim if hasattr(attn, "query_dim") else _first_linear(attn).in_features
     return width
+
+
+def heads_of(attn: Any) -> int:
+    """Heads of the queries of a layer, or of an entry of a checkpoint."""
+    heads: int = attn.heads if hasattr(attn, "heads") else attn.num_heads
+    return heads
+
+
+def head_dim_of(attn: Any) -> int:
+    """Channels of a head of a layer, or of an entry of a checkpoint."""
+    if getattr(attn, "head_dim", None) is not None:
+        return int(attn.head_dim)
+    if getattr(attn, "inner_dim", None) is not None:
+        return int(attn.inner_dim) // heads_of(attn)
+    return int(_first_linear(attn).out_features) // heads_of(attn)
+
+
+def _first_linear(attn: Any) -> Any:
+    """The projection of the queries, or of queries, keys and values in one."""
+    linear = next(m for m in attn.modules() if hasattr(m, "in_features"))
+    return getattr(linear, "base_layer", linear)  # LoRA wraps the layer
 
 
 def unsupported(attn: Attention) -> str | None:
@@ -197,15 +231,17 @@ def self_attention(model: nn.Module, *, processor: type) -> dict[str, Attention]
     """
     from diffusers.models.attention_processor import Attention
 
+    pixels = pixel_layers(model)
     found = {
         path: module
         for path, module in model.named_modules()
         if path
         and isinstance(module, Attention)
+        and (pixels is None or pixels(path))
+        and (type(module.processor).__name__ in _PLAIN or isinstance(module.processor, processor))
         and not module.is_cross_attention
         and not _TEMPORAL.search(path)
         and unsupported(module) is None
-        and (type(module.processor).__name__ in _PLAIN or isinstance(module.processor, processor))
     }
     if not found:
         raise ValueError(

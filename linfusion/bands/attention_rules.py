@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from linfusion.bands.hollow import hollow
 from linfusion.bands.rows import RULES, Node, Rows, map_rows
 from linfusion.bands.token_rules import held, whole
 from linfusion.kernels import LinearState, linear_read, linear_state
@@ -67,6 +67,8 @@ def _linear_attention(
         piece = None if key_weight is None else key_weight[:, start * line : stop * line]
         part = linear_state(keys, values, key_weight=piece, **options)
         state = part if state is None else state.merge(part)
+    if engine.share is not None and state is not None:
+        state = engine.share.ranks.merge_states(state)
     width, dtype = v.node.shape[-1], v.node.dtype
 
     def read(t: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ def _window_attention(
     engine.flops += 4 * math.prod(q_.shape) * keys
     with engine.store.beside(_scratch(q_, grid, radius)):
         if engine.dry:
-            out = torch.empty(q_.shape, dtype=v_.dtype, device="meta")
+            out = hollow(q_.shape, v_.dtype, rows[0].device)
         else:
             out = func(
                 q_, k_, v_, grid=grid, radius=radius, context=seen[0], pooled=seen[1], **options

@@ -11,44 +11,23 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from linfusion.attention.grids.joint import _PENDING as PENDING
 from linfusion.bands.around import around
+from linfusion.bands.hollow import hollow
 from linfusion.bands.rows import Engine, Rows
 from linfusion.bands.token_rules import held
 
 _SEQUENCES = ("hidden_states", "encoder_hidden_states")
 
 
-def announcement(model: Any) -> Callable[[], None]:
-    """Tells a model with CLEAR's windows the grid of this call again, which one forward reads."""
-    told = [
-        (module, module.__dict__[PENDING])
-        for module in (model.pos_embed, model.proj_out)
-        if PENDING in module.__dict__
-    ]
-
-    def announce() -> None:
-        for module, grids in told:
-            setattr(module, PENDING, grids)
-
-    return announce
-
-
 def call_in_blocks(
-    model: Any,
-    forward: Callable[..., Any],
-    announce: Callable[[], None],
-    inputs: dict[str, Any],
-    engine: Engine,
+    model: Any, forward: Callable[..., Any], inputs: dict[str, Any], engine: Engine
 ) -> Any:
     """The model's forward, with what is large in each of its blocks left to the engine."""
     before = [model.x_embedder] if hasattr(model, "x_embedder") else []
     blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
-    announce()
     with contextlib.ExitStack() as stack:
         for block in [*before, *blocks, model.norm_out, model.proj_out]:
             stack.enter_context(around(block, functools.partial(_in_bands, engine)))
@@ -71,8 +50,7 @@ def _plain(engine: Engine, value: Any) -> Any:
     if not isinstance(value, Rows):
         return value
     whole = held(value)
-    # Of a dry run: zeros that take no memory.
-    return torch.zeros((), dtype=whole.dtype).expand(whole.shape) if whole.is_meta else whole
+    return hollow(whole.shape, whole.dtype, value.device) if whole.is_meta else whole
 
 
 def _beside(model: Any, inputs: dict[str, Any]) -> int:

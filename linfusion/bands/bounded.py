@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import linfusion.bands.rules  # noqa: F401  fills the table of rules
-from linfusion.bands.blocks import announcement, call_in_blocks
+from linfusion.attention.linfusion.processor import FUSED
+from linfusion.bands.around import around, eager
+from linfusion.bands.blocks import call_in_blocks
 from linfusion.bands.budget import BANDS_AT_ONCE, Ledger, share_of, weight_bytes
-from linfusion.bands.hosts import TRANSFORMERS
-from linfusion.bands.rows import Engine, Rows
+from linfusion.bands.hollow import hollow
+from linfusion.bands.hosts import TRANSFORMERS, unwrapped
+from linfusion.bands.rows import Engine, Node, Rows
 from linfusion.bands.store import Store
 
 _PICTURES = ("sample", "controlnet_cond")  # the inputs whose rows everything else follows
@@ -31,14 +34,16 @@ def bounded(
     *,
     scratch: str | Path | None = None,
     dry: bool = False,
+    in_bands: bool = True,
 ) -> Iterator[Ledger]:
     """Within, the denoiser and ControlNets of `target` run in bands of rows, one picture at a time.
 
     Results equal those outside within rounding: convolutions read the rows they need beyond a
     band, group norms use the moments of the whole picture, linear attention merges the states of
     bands, softmax attention reads all keys. FLUX and Stable Diffusion 3 run each block in bands of
-    tokens; CLEAR's windows take whole queries, keys and values. The modules' own forwards run; on
-    leaving, everything is as it was. Inference only.
+    tokens; CLEAR's windows take whole queries, keys and values. The modules' own forwards run,
+    those that were compiled as Python has them; in other threads, and on leaving, the models are as
+    they were. Inference only.
 
     Args:
         target: a diffusers pipeline, a UNet, a ControlNet of one, or a transformer of FLUX or
@@ -49,6 +54,7 @@ def bounded(
         scratch: folder for skip tensors and others that do not fit; without it a budget that is
             too small is an error.
         dry: compute nothing, and return zeros; the ledger says what it would have taken.
+        in_bands: False has a dry run count what the models take as they are, without bands.
 
     Yields:
         The `Ledger`, up to date after each call.
@@ -63,31 +69,34 @@ def bounded(
     folder = None if scratch is None else Path(scratch)
     if folder is not None and not folder.is_dir():
         raise ValueError(f"scratch: there is no folder {folder}")
-    ledger = Ledger(weights_bytes=weights)
+    ledger = Ledger(weights_bytes=weights, in_bands=in_bands)
 
     def engine(*, dry: bool, limit: int | None = limit) -> Engine:
         return Engine(Store(limit, folder, dry=dry), band_bytes=band_bytes, dry=dry)
 
-    with contextlib.ExitStack() as undo:
-        for model in models:
-            undo.callback(_put_forward, model, model.__dict__.get("forward"))
-            model.forward = _banded(model, model.forward, engine, ledger, dry)
+    with contextlib.ExitStack() as stack:
+        for called in _called(target):
+            model = unwrapped(called)
+            for part in model.modules():
+                if part is not model and part.__dict__.get("_compiled_call_impl") is not None:
+                    stack.enter_context(around(part, functools.partial(_uncompiled, part)))
+            stack.enter_context(around(called, _banded(model, engine, ledger, dry)))
         yield ledger
 
 
+def _uncompiled(module: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
+    """Rows are not what compiled code was made for."""
+    return eager(module)(*args, **kwargs)
+
+
 def _banded(
-    model: Any,
-    forward: Callable[..., Any],
-    new_engine: Callable[..., Engine],
-    ledger: Ledger,
-    dry: bool,
+    model: Any, new_engine: Callable[..., Engine], ledger: Ledger, dry: bool
 ) -> Callable[..., Any]:
     signature = inspect.signature(type(model).forward)
     main = "sample" if hasattr(model, "down_blocks") else "hidden_states"
     fitting: set[tuple[tuple[int, ...], ...]] = set()  # inputs that the budget is known to hold
 
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(_: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():
             raise ValueError(
                 "bounded: gradients are enabled; it is for inference, use torch.no_grad()"
@@ -97,9 +106,9 @@ def _banded(
         extra = given.pop("kwargs", {})
         inputs = {**given, **extra}
         batch = inputs[main].shape[0]
-        call: Callable[..., Any] = functools.partial(_call, forward)
+        call: Callable[..., Any] = functools.partial(_call, model)
         if main != "sample":
-            call = functools.partial(call_in_blocks, model, forward, announcement(model))
+            call = functools.partial(call_in_blocks, model, eager(model))
         together = any("PAG" in type(p).__name__ for p in model.attn_processors.values())
         turns = [inputs] if together else [_take(inputs, i, batch) for i in range(batch)]
         shapes = tuple(tuple(inputs[name].shape) for name in (main, _PICTURES[1]) if name in inputs)
@@ -117,11 +126,27 @@ def _banded(
     return run
 
 
-def _call(forward: Callable[..., Any], inputs: dict[str, Any], engine: Engine) -> Any:
+def _call(model: Any, inputs: dict[str, Any], engine: Engine) -> Any:
     wrapped = {
         name: engine.wrap(value) if name in _PICTURES else value for name, value in inputs.items()
     }
-    return forward(**wrapped)
+    with contextlib.ExitStack() as stack:
+        for attn in model.modules():
+            if (fused := getattr(attn, "_modules", {}).get(FUSED)) is not None:
+                stack.enter_context(around(fused, _on_whole_tokens))
+        return eager(model)(**wrapped)
+
+
+def _on_whole_tokens(call: Callable[..., Any], x: Any, *rest: Any) -> Any:
+    """A fused layer: one function of all tokens, of which queries and the result are whole."""
+    if not isinstance(x, Rows):
+        return call(x, *rest)
+    node, engine = x.node, x.node.engine
+    tokens = engine.whole(x)
+    with engine.store.beside(tokens.nbytes):
+        out = call(tokens, *rest) if not engine.dry else hollow(node.shape, node.dtype, node.device)
+        engine.flops += 2 * tokens.numel() * 4 * tokens.shape[-1]  # queries, keys, values, output
+        return Rows(Node.leaf(engine, engine.store.adopt(out, node.axis, node.line)))
 
 
 def _refuse_if_too_small(
@@ -149,7 +174,7 @@ def _plain(engine: Engine, value: Any) -> Any:
     if not isinstance(value, Rows):
         return value
     whole = engine.whole(value)
-    return torch.zeros_like(whole, device=value.node.device) if whole.is_meta else whole
+    return hollow(whole.shape, whole.dtype, value.node.device) if whole.is_meta else whole
 
 
 def _take(inputs: dict[str, Any], index: int, batch: int) -> dict[str, Any]:
@@ -176,11 +201,16 @@ def _joined(outputs: list[Any]) -> Any:
     return tree_unflatten(joined, trees[0])
 
 
+def _called(target: Any) -> list[Any]:
+    """What a pipeline calls: denoiser and ControlNets, compiled or not."""
+    if isinstance(target, nn.Module):
+        return [target]
+    parts = [getattr(target, name, None) for name in ("unet", "transformer", "controlnet")]
+    return [m for part in parts if part is not None for m in getattr(part, "nets", [part])]
+
+
 def _models(target: Any) -> list[Any]:
-    parts: list[Any] = [target] if isinstance(target, nn.Module) else []
-    if not parts:
-        parts = [getattr(target, name, None) for name in ("unet", "transformer", "controlnet")]
-        parts = [m for part in parts if part is not None for m in getattr(part, "nets", [part])]
+    parts = [unwrapped(part) for part in _called(target)]
     known = [
         m
         for m in parts
@@ -193,19 +223,32 @@ def _models(target: Any) -> list[Any]:
             " transformer of FLUX or Stable Diffusion 3, one of these, or a ControlNet of a UNet"
         )
     for model in known:
-        for name, part in model.named_modules():
-            hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", None)
-            if name and (hooks or hasattr(part, "_hf_hook")):
-                raise ValueError(
-                    f"target: the layer {name} of {type(model).__name__} has a hook of sequential"
-                    " or group offloading, layerwise casting or a cache, which moves or skips what"
-                    " rows still need; accepted are models without, or with model offloading"
-                )
+        _refuse_unbandable(model)
     return known
 
 
-def _put_forward(model: nn.Module, forward: Any) -> None:
-    if forward is None:
-        del model.forward
-    else:
-        model.forward = forward
+def _refuse_unbandable(model: Any) -> None:
+    """What moves, skips or changes in place what rows still need.
+
+    Raises:
+        ValueError: the model has it, by name, with what takes it off.
+    """
+    for name, part in model.named_modules():
+        hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", None)
+        if name and (hooks or hasattr(part, "_hf_hook")):
+            raise ValueError(
+                f"target: the layer {name} of {type(model).__name__} has a hook of sequential"
+                " or group offloading, layerwise casting or a cache, which moves or skips what"
+                " rows still need; accepted are models without, or with model offloading"
+            )
+        if getattr(part, "b1", None) is not None and getattr(part, "s1", None) is not None:
+            raise ValueError(
+                f"target: {type(model).__name__} has FreeU on, which needs whole feature maps; a"
+                " run without a budget takes it, a plan or a budget after disable_freeu()"
+            )
+    for name, processor in model.attn_processors.items():
+        if "Sliced" in type(processor).__name__:
+            raise ValueError(
+                f"target: {name} of {type(model).__name__} is a {type(processor).__name__}; bands"
+                " bound attention already: call disable_attention_slicing() first"
+            )

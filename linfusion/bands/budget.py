@@ -10,6 +10,7 @@ from torch import nn
 from linfusion.bands.rows import BAND_BYTES, Engine
 
 BANDS_AT_ONCE = 8  # tensors of `band_bytes` that one band holds, roughly
+AT_ONCE = 2  # of the widest tensors, where there are no bands, beside those that are kept
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {p + "b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
 _UNITS |= {p + "ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
@@ -21,6 +22,7 @@ class Ledger:
 
     Attributes:
         weights_bytes: of the models that are bounded.
+        in_bands: whether what lies between whole tensors is never larger than a band.
         peak_bytes: the most that was held at once: weights, whole tensors and a band.
         peak_on_disk: the most that lay in the scratch folder.
         flops: of products and convolutions.
@@ -29,6 +31,7 @@ class Ledger:
     """
 
     weights_bytes: int = 0
+    in_bands: bool = True
     peak_bytes: int = 0
     peak_on_disk: int = 0
     flops: int = 0
@@ -37,7 +40,8 @@ class Ledger:
 
     def add(self, engine: Engine) -> None:
         """Enter a finished call."""
-        held = self.weights_bytes + engine.store.peak + BANDS_AT_ONCE * engine.band_bytes
+        between = BANDS_AT_ONCE * engine.band_bytes if self.in_bands else AT_ONCE * engine.widest
+        held = self.weights_bytes + engine.store.peak + between
         self.peak_bytes = max(self.peak_bytes, held)
         self.peak_on_disk = max(self.peak_on_disk, engine.store.peak_on_disk)
         self.flops += engine.flops

@@ -10,13 +10,15 @@ feed-forwards.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from linfusion.bands.hollow import hollow
 from linfusion.bands.store import Store, Whole
 
 BAND_BYTES = 1 << 25  # of the widest tensor of a band
@@ -40,15 +42,24 @@ class Engine:
         store: where whole tensors are kept.
         band_bytes: bytes of the widest tensor between two whole ones.
         dry: build the graph and count memory and work, but compute nothing.
+        share: of the rows, where several processes have some each (`linfusion.parallel`).
 
     Attributes:
-        flops: of products and convolutions so far, those done twice counted twice.
+        flops: of products and convolutions so far, those done twice counted twice; of all rows.
+        widest: bytes of the largest tensor that was only there in bands.
         unbanded: names of the functions that had no rule and ran on whole tensors.
     """
 
-    def __init__(self, store: Store, *, band_bytes: int = BAND_BYTES, dry: bool = False) -> None:
-        self.store, self.band_bytes, self.dry = store, band_bytes, dry
-        self.flops = 0
+    def __init__(
+        self,
+        store: Store,
+        *,
+        band_bytes: int = BAND_BYTES,
+        dry: bool = False,
+        share: Any = None,
+    ) -> None:
+        self.store, self.band_bytes, self.dry, self.share = store, band_bytes, dry, share
+        self.flops = self.widest = 0
         self.unbanded: set[str] = set()
 
     def wrap(self, tensor: Tensor, axis: int = 2) -> Rows:
@@ -59,7 +70,8 @@ class Engine:
         """The rows of `nodes`, all alike, in bands: (start, stop, a tensor of each).
 
         In a band the widest tensor has about `band_bytes`, and what several nodes need is computed
-        once. A dry run counts the work and yields nothing.
+        once. A dry run counts the work and yields nothing. Of rows that are shared, these are the
+        own ones.
         """
         order = _consumers_first(nodes)
         lines = nodes[0].lines
@@ -68,19 +80,27 @@ class Engine:
             if node.value is None:
                 self.flops += node.flops
                 widest = max(widest, node.nbytes // lines)
+                self.widest = max(self.widest, node.nbytes)
         if self.dry:
             return
-        rows = max(1, min(lines, self.band_bytes // widest))
-        rows = -(-lines // -(-lines // rows))  # bands of one size rather than a short last one
-        for start in range(0, lines, rows):
-            stop = min(start + rows, lines)
+        first, end = (0, lines) if self.share is None else self.share.own(lines)
+        if self.share is not None:
+            self.share.fetch(nodes, order)
+        if first == end:
+            return
+        rows = max(1, min(end - first, self.band_bytes // widest))
+        # Bands of one size rather than a short last one.
+        rows = -(-(end - first) // -(-(end - first) // rows))
+        for start in range(first, end, rows):
+            stop = min(start + rows, end)
             yield start, stop, _evaluate(nodes, order, start, stop)
 
     def realise(self, node: Node) -> None:
         """Compute a node whole, unless it is."""
         if node.value is not None:
             return
-        value = self.store.new(node.shape, node.axis, node.line, node.dtype, node.device)
+        new = self.store.new if self.share is None else functools.partial(self.share.new, self)
+        value = new(node.shape, node.axis, node.line, node.dtype, node.device)
         for start, _, (band,) in self.passes(node):
             value.write(start, band)
         node.become(value)
@@ -201,16 +221,25 @@ def _consumers_first(nodes: Sequence[Node]) -> list[Node]:
     return order[::-1]
 
 
-def _evaluate(nodes: Sequence[Node], order: Sequence[Node], start: int, stop: int) -> list[Tensor]:
-    """Rows start to stop of `nodes`: first what that takes of each node, then each of them once."""
+def rows_taken(
+    nodes: Sequence[Node], order: Sequence[Node], start: int, stop: int
+) -> dict[int, tuple[int, int]]:
+    """The rows of everything in `order`, by id, that rows start to stop of `nodes` take."""
     wanted = {id(node): (start, stop) for node in nodes}
-    readers = dict.fromkeys(wanted, 1)  # what is asked for stays
     for node in order:
         low, high = wanted[id(node)] if node.needs is None else node.needs(*wanted[id(node)])
         for parent in node.parents:
             a, b = wanted.get(id(parent), (low, high))
             wanted[id(parent)] = min(a, low), max(b, high)
-            readers[id(parent)] = readers.get(id(parent), 0) + 1
+    return wanted
+
+
+def _evaluate(nodes: Sequence[Node], order: Sequence[Node], start: int, stop: int) -> list[Tensor]:
+    """Rows start to stop of `nodes`: first what that takes of each node, then each of them once."""
+    wanted = rows_taken(nodes, order, start, stop)
+    readers = {id(node): 1 for node in nodes}  # what is asked for stays
+    for parent in (p for node in order for p in node.parents):
+        readers[id(parent)] = readers.get(id(parent), 0) + 1
     found: dict[int, Tensor] = {}
     for node in reversed(order):
         low, high = wanted[id(node)]
@@ -355,9 +384,22 @@ def _on_whole(func: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
             f"{name}: rows that are still to be computed cannot be written to"
         )
     flat, tree = tree_flatten((args, kwargs))
-    for i, a in enumerate(flat):
-        if isinstance(a, Rows):
-            a.node.engine.unbanded.add(name)
-            flat[i] = a.node.engine.whole(a)
+    given = [a.node for a in flat if isinstance(a, Rows)]
+    engine = given[0].engine
+    engine.unbanded.add(name)
+    flat = [engine.whole(a) if isinstance(a, Rows) else a for a in flat]
+    if engine.dry:
+        flat = [_meta(a) if isinstance(a, Tensor) else a for a in flat]
     args, kwargs = tree_unflatten(flat, tree)
-    return func(*args, **kwargs)
+    made = func(*args, **kwargs)
+    return tree_map(functools.partial(_without_values, given[0]), made) if engine.dry else made
+
+
+def _without_values(node: Node, made: Any) -> Any:
+    """What a dry run goes on with: Rows where the shape is that of `node`, else zeros."""
+    if not isinstance(made, Tensor):
+        return made
+    zeros = hollow(made.shape, made.dtype, node.device)
+    if made.shape != torch.Size(node.shape):
+        return zeros
+    return Rows(Node.leaf(node.engine, node.engine.store.adopt(zeros, node.axis, node.line)))

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import linfusion.bands.attention_rules  # noqa: F401  fills its part of the table
+import linfusion.bands.attention_rules
+import linfusion.bands.norm_rules  # noqa: F401
 from linfusion.bands.rows import RULES, Node, Rows, map_rows
 from linfusion.bands.token_rules import cat_tokens, split_tokens
 
@@ -182,14 +183,6 @@ def _linear(func: Any, x: Rows, weight: Tensor, bias: Tensor | None = None) -> A
     return map_rows(F.linear, (x, weight, bias), flops=lambda out: 2 * width * math.prod(out))
 
 
-@rule("layer_norm", "rms_norm")
-def _layer_norm(func: Any, x: Rows, normalized_shape: Sequence[int], *rest: Any, **kw: Any) -> Any:
-    if len(x.node.shape) - len(normalized_shape) <= x.node.axis:
-        return NotImplemented
-    # The input is a residual stream, which is wanted again; its normalised form is not.
-    return map_rows(func, (x, normalized_shape, *rest), kw, expands=True)
-
-
 @rule("conv2d")
 def _conv2d(
     func: Any,
@@ -219,7 +212,10 @@ def _conv2d(
 
     def compute(start: int, stop: int, bands: list[Tensor]) -> Tensor:
         band = _padded(bands[0], node, *read(start, stop))
-        return F.conv2d(band, weight, bias, (sy, sx), (0, px), (dy, dx), groups)
+        # Not conv2d: a function mode that changes those has changed this one already.
+        return torch.convolution(
+            band, weight, bias, (sy, sx), (0, px), (dy, dx), False, (0, 0), groups
+        )
 
     shape = (node.shape[0], weight.shape[0], *out)
 
@@ -279,100 +275,29 @@ def _interpolate(
     meta = torch.empty(node.shape, device="meta")
     shape = tuple(F.interpolate(meta, size=size, scale_factor=scale_factor).shape)
     scales = (None, None) if scale_factor is None else _pair(scale_factor)
-    ys, xs = (
-        _nearest(n, m, s, node.device)
-        for n, m, s in zip(node.shape[2:], shape[2:], scales, strict=True)
-    )
+    ys, xs = (_nearest(n, m, s) for n, m, s in zip(node.shape[2:], shape[2:], scales, strict=True))
+    rows = ys.tolist()  # asked for every band: never a device's
+    columns = xs.to(node.device)
 
     def read(start: int, stop: int) -> tuple[int, int]:
-        return int(ys[start]), int(ys[stop - 1]) + 1
+        return rows[start], rows[stop - 1] + 1
 
     def compute(start: int, stop: int, bands: list[Tensor]) -> Tensor:
-        (band,), low = bands, int(ys[start])
+        (band,), low = bands, rows[start]
         if shape[2:] == (2 * node.shape[2], 2 * node.shape[3]):
             twice = F.interpolate(band, scale_factor=2.0)
             return twice.narrow(2, start - 2 * low, stop - start)
-        return band.index_select(2, ys[start:stop] - low).index_select(3, xs)
+        lines = (ys[start:stop] - low).to(band.device)
+        return band.index_select(2, lines).index_select(3, columns)
 
     return _picture(node, shape, compute, read, expands=True)
 
 
-def _nearest(size: int, out: int, scale: float | None, device: torch.device) -> Tensor:
-    """Which entry each of `out` entries is, in float32 as torch computes it."""
+def _nearest(size: int, out: int, scale: float | None) -> Tensor:
+    """Which entry each of `out` entries is, in float32 as torch computes it; on the CPU."""
     ratio = torch.tensor(size / out if scale is None else 1 / scale, dtype=torch.float32)
     index = (torch.arange(out, dtype=torch.float32) * ratio).long()
-    return index.clamp(max=size - 1).to(device)
-
-
-@rule("group_norm")
-def _group_norm(
-    func: Any,
-    x: Rows,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Any:
-    node = x.node
-    if node.axis == 1:
-        return NotImplemented
-    engine = node.engine
-    engine.settle(node)
-    channels = node.shape[1]
-    mean, variance = _moments(node, num_groups)
-    scale = (variance + eps).rsqrt().repeat_interleave(channels // num_groups, 1)  # [B, C]
-    shift = -mean.repeat_interleave(channels // num_groups, 1) * scale
-    if weight is not None:
-        scale, shift = scale * weight.double(), shift * weight.double()
-    if bias is not None:
-        shift = shift + bias.double()
-    work = torch.float64 if node.dtype == torch.float64 else torch.float32
-    scale, shift = scale.to(work), shift.to(work)
-    unmoved = torch.zeros_like(scale[0]), torch.ones_like(scale[0])
-
-    def normalise(t: Tensor) -> Tensor:
-        if t.is_meta:
-            return torch.empty_like(t)
-        # A batch norm with moments of 0 and 1: the one pass over half precision that torch has.
-        done = [
-            F.batch_norm(one[None], *unmoved, a, b, eps=0.0)
-            for one, a, b in zip(t, scale, shift, strict=True)
-        ]
-        return done[0] if len(done) == 1 else torch.cat(done)
-
-    return map_rows(normalise, (x,), expands=True)
-
-
-def _moments(node: Node, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each group over the whole picture, [B, G], float64.
-
-    Bands' own moments are merged (Chan et al. 1979), so that nothing cancels.
-    """
-    batch = node.shape[0]
-    mean, m2 = (
-        torch.zeros(batch, groups, dtype=torch.float64, device=node.device) for _ in range(2)
-    )
-    seen = 0
-    for _, _, (band,) in node.engine.passes(node):
-        average, variance = _band_moments(band, groups)
-        n = band[0].numel() // groups
-        total = seen + n
-        delta = average - mean
-        mean += delta * (n / total)
-        m2 += variance * n + delta.square() * (seen * n / total)
-        seen = total
-    return mean, m2 / max(seen, 1)
-
-
-def _band_moments(band: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each group of a band, [B, G], float64: those of its channels, merged."""
-    work = torch.float64 if band.dtype == torch.float64 else torch.float32
-    running = torch.zeros(band.shape[1], dtype=work, device=band.device)  # sets the dtype
-    found = [torch.batch_norm_update_stats(one[None], running, running, 0.0) for one in band]
-    average, variance = (
-        torch.stack(of).double().unflatten(1, (groups, -1)) for of in zip(*found, strict=True)
-    )
-    return average.mean(2), variance.mean(2) + average.var(2, correction=0)
+    return index.clamp(max=size - 1)
 
 
 def _picture(

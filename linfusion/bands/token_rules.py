@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linfusion.bands.hollow import hollow
 from linfusion.bands.rows import RULES, Node, Rows, map_rows
 
 
@@ -110,10 +111,13 @@ def _inside(node: Node, start: int, stop: int) -> tuple[int, int]:
 
 
 def _getitem(func: Any, x: Rows, index: Any) -> Any:
-    """A run of tokens."""
+    """A run of tokens, or a part of the batch or of the channels."""
     node = x.node
     places = index if isinstance(index, tuple) else (index,)
     full = slice(None)
+    slices = all(isinstance(p, slice) for p in places) and len(places) <= len(node.shape)
+    if slices and (len(places) <= node.axis or places[node.axis] == full):
+        return map_rows(lambda t: t[places], (x,), axis=node.axis)
     if node.line != 1 or len(places) != node.axis + 1 or any(p != full for p in places[:-1]):
         return NotImplemented
     if not isinstance(places[-1], slice) or places[-1].step not in (None, 1):
@@ -163,16 +167,12 @@ def _index_select(func: Any, x: Rows, dim: int, index: Tensor) -> Any:
     if dim % len(x.node.shape) != x.node.axis or x.node.line != 1:
         return NotImplemented
     source, engine = held(x), x.node.engine
-    moved = _moved(source, dim, index)
+    if engine.dry:
+        shape = [len(index) if i == x.node.axis else n for i, n in enumerate(source.shape)]
+        moved = hollow(shape, source.dtype, x.node.device)
+    else:
+        moved = source.index_select(dim, index)
     return Rows(Node.leaf(engine, engine.store.adopt(moved, x.node.axis, 1)))
-
-
-def _moved(source: Tensor, dim: int, index: Tensor) -> Tensor:
-    if source.is_meta:
-        shape = list(source.shape)
-        shape[dim] = len(index)
-        return source.new_empty(shape)
-    return source.index_select(dim, index)
 
 
 RULES.update(

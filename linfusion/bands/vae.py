@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,8 +13,11 @@ from torch import Tensor
 
 import linfusion.bands.rules  # noqa: F401  fills the table of rules
 from linfusion.bands.budget import Ledger, share_of, weight_bytes
+from linfusion.bands.hosts import execution_device
 from linfusion.bands.rows import Engine, Node, Rows
 from linfusion.bands.store import Policy, Store
+
+WHOLE = 1 << 20  # pixels: without a budget more than these are too many for most cards at once
 
 
 def decode_rows(
@@ -33,20 +36,28 @@ def decode_rows(
     Args:
         vae: an AutoencoderKL.
         latents: [1, C, H/8, W/8], as a pipeline returns them (times the scaling factor).
-        memory_budget: bytes, or text like "12GB"; None keeps all that is wanted again.
+        memory_budget: bytes, or text like "12GB"; None keeps all that is wanted again, and decodes
+            pictures of up to `WHOLE` pixels at once.
         ledger: to enter what it took into.
         dry: yield nothing; only fill the ledger.
 
     Yields:
         uint8 [rows, W, 3].
     """
-    config = vae.config
+    vae, config = _untiled(vae), vae.config
     latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    latents = latents.to(execution_device(vae), vae.dtype)
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    whole = memory_budget is None and _is_small(latents.shape, factor)
+    if whole and not dry:
+        with torch.no_grad():
+            yield _levels(vae.decode(latents, return_dict=False)[0])
+        return
 
     def decoded(engine: Engine) -> Node:
-        return vae.decode(engine.wrap(latents.to(vae.dtype)), return_dict=False)[0].node
+        return vae.decode(engine.wrap(latents), return_dict=False)[0].node
 
-    with torch.no_grad(), _without_tiling(vae):
+    with torch.no_grad():
         engine = _vae_engine(vae, decoded, memory_budget, dry)
         node = decoded(engine)
     bands = engine.passes(node)
@@ -56,10 +67,20 @@ def decode_rows(
         if found is None:
             break
         _, _, (band,) = found
-        pixels = (band[0].float() / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-        yield pixels.permute(1, 2, 0).cpu().numpy()
+        yield _levels(band)
     if ledger is not None:
+        ledger.in_bands = not whole
         ledger.add(engine)
+
+
+def _is_small(shape: torch.Size, factor: int = 1) -> bool:
+    return shape[-2] * shape[-1] * factor**2 <= WHOLE
+
+
+def _levels(picture: Tensor) -> np.ndarray:
+    """[1, 3, H, W] of -1 to 1 as uint8 [H, W, 3]."""
+    pixels = (picture[0].float() / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+    return pixels.permute(1, 2, 0).cpu().numpy()
 
 
 def encode_rows(
@@ -87,24 +108,32 @@ def encode_rows(
         raise ValueError(
             f"picture: got {picture.dtype} {picture.shape}, accepted is uint8 [H, W, 3]"
         )
-    config = vae.config
+    vae, config, device, dtype = _untiled(vae), vae.config, execution_device(vae), vae.dtype
+    shape = (1, 3, *picture.shape[:2])
+    whole = memory_budget is None and _is_small(torch.Size(shape))
 
     def pixels(start: int, stop: int, bands: list[Tensor]) -> Tensor:
         band = torch.from_numpy(np.ascontiguousarray(picture[start:stop]))
-        band = band.to(vae.device).permute(2, 0, 1)[None]
-        return (band.float() / 127.5 - 1).to(vae.dtype)
+        band = band.to(device).permute(2, 0, 1)[None]
+        return (band.float() / 127.5 - 1).to(dtype)
+
+    def drawn(found: Any, generator: torch.Generator | None) -> Any:
+        return found.mode() if generator is None else found.sample(generator)
 
     def encoded(engine: Engine, generator: torch.Generator | None = None) -> Node:
-        shape = (1, 3, *picture.shape[:2])
-        source = Node(engine, shape, vae.dtype, vae.device, axis=2, line=1, compute=pixels)
-        found = vae.encode(Rows(source), return_dict=False)[0]
-        return (found.mode() if generator is None else found.sample(generator)).node
+        source = Node(engine, shape, dtype, device, axis=2, line=1, compute=pixels)
+        return drawn(vae.encode(Rows(source), return_dict=False)[0], generator).node
 
-    with torch.no_grad(), _without_tiling(vae):
-        engine = _vae_engine(vae, encoded, memory_budget, dry)
-        latents = engine.whole(Rows(encoded(engine, None if dry else generator)))
-    if ledger is not None:
-        ledger.add(engine)
+    with torch.no_grad():
+        if whole and not dry:
+            source = pixels(0, shape[2], [])
+            latents = drawn(vae.encode(source, return_dict=False)[0], generator)
+        else:
+            engine = _vae_engine(vae, encoded, memory_budget, dry)
+            latents = engine.whole(Rows(encoded(engine, None if dry else generator)))
+            if ledger is not None:
+                ledger.in_bands = not whole
+                ledger.add(engine)
     shift = getattr(config, "shift_factor", None) or 0.0
     return (latents - shift) * config.scaling_factor
 
@@ -146,11 +175,8 @@ def _vae_engine(
     return engine(min(found, key=work), dry=dry)
 
 
-@contextlib.contextmanager
-def _without_tiling(vae: Any) -> Iterator[None]:
-    before = vae.use_tiling, vae.use_slicing
-    vae.use_tiling = vae.use_slicing = False
-    try:
-        yield
-    finally:
-        vae.use_tiling, vae.use_slicing = before
+def _untiled(vae: Any) -> Any:
+    """The same VAE, weights and hooks, without tiles or slices; that of others keeps its own."""
+    twin = copy.copy(vae)
+    twin.use_tiling = twin.use_slicing = False
+    return twin

@@ -83,7 +83,8 @@ def _layers(
     from linfusion.attention.base import SelfAttentionProcessor
 
     chosen = get_method(method)
-    if not issubclass(chosen.processor, SelfAttentionProcessor):
+    kind = chosen.processor
+    if isinstance(kind, tuple) or not issubclass(kind, SelfAttentionProcessor):
         raise ValueError(
             f"method: {method!r} needs the grid of its tokens from a whole model, which one layer"
             " alone is not; make bench measures it there"
@@ -94,7 +95,7 @@ def _layers(
     linear = copy.deepcopy(softmax)
     [setting] = chosen.settings({"layer": linear}, None, {}).values()
     linear.add_module(chosen.name, chosen.child(linear, setting))
-    linear.set_processor(chosen.processor())
+    linear.set_processor(chosen.processors(linear)(linear))
     return softmax.to(device, dtype).eval(), linear.to(device, dtype).eval()
 
 

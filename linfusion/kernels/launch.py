@@ -30,11 +30,13 @@ class Target(NamedTuple):
         vendor: "cuda", "hip", or "interpreter".
         multiprocessors: of the GPU; sets how many programs share a sequence.
         launch: takes a `Launch`. The ahead-of-time gate collects them instead of running them.
+        arch: ten times the compute capability of an NVIDIA GPU, as in sm_80; AMD's do not differ.
     """
 
     vendor: str
     multiprocessors: int
     launch: Callable[[Launch], None]
+    arch: int = 80
 
 
 def rows(x: Tensor) -> Tensor:
@@ -67,4 +69,7 @@ def target_of(tensor: Tensor) -> Target:
     if tensor.device.type != "cuda":
         return Target("interpreter", 1, run)
     properties = torch.cuda.get_device_properties(tensor.device)
-    return Target("hip" if torch.version.hip else "cuda", properties.multi_processor_count, run)
+    if torch.version.hip:
+        return Target("hip", properties.multi_processor_count, run)
+    arch = 10 * properties.major + properties.minor
+    return Target("cuda", properties.multi_processor_count, run, arch)

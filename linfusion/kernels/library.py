@@ -1,4 +1,4 @@
-"""What every family of kernels shares: registering operators, and asking for triton."""
+"""Registering operators, and asking for triton."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from torch import Tensor
 HAS_TRITON = find_spec("triton") is not None
 
 LIBRARY = torch.library.Library("linfusion", "FRAGMENT")
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -41,10 +47,10 @@ def check_triton(device: torch.device) -> None:
 
 
 def register(name: str, kernel: Any, fake: Any, grad: Any, save: Any = None) -> None:
-    """Give an operator of `LIBRARY` its kernel for every device, fake, gradient and vmap rule.
+    """Give an operator of `LIBRARY` its kernel for every device, fake and gradient.
 
     Args:
-        name: as defined in `LIBRARY`; every tensor of the operator starts with the batch.
+        name: as defined in `LIBRARY`.
         kernel: the first argument is a tensor; autocast is off inside.
         fake: shapes, dtypes and strides of what `kernel` returns.
         grad, save: as `torch.library.register_autograd` takes them.
@@ -53,8 +59,6 @@ def register(name: str, kernel: Any, fake: Any, grad: Any, save: Any = None) -> 
     LIBRARY.impl(name, _exactly(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     torch.library.register_autograd(qualified, grad, setup_context=save, lib=LIBRARY)
-    op = getattr(torch.ops.linfusion, name)
-    torch.library.register_vmap(qualified, _fold_vmap(op), lib=LIBRARY)
 
 
 def _exactly(kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,24 +67,3 @@ def _exactly(kernel: Callable[..., Any]) -> Callable[..., Any]:
             return kernel(x, *args)
 
     return run
-
-
-def _fold_vmap(op: Any) -> Any:
-    """A vmap rule: every tensor of every operator starts with the batch, so fold into it."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        def fold(x: Any, dim: int | None) -> Any:
-            if not isinstance(x, Tensor):
-                return x
-            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            return x.flatten(0, 1)
-
-        out = op(*map(fold, args, in_dims))
-        unfold = [o.unflatten(0, (info.batch_size, -1)) for o in _as_tuple(out)]
-        return (unfold[0], 0) if isinstance(out, Tensor) else (tuple(unfold), (0,) * len(unfold))
-
-    return rule
-
-
-def _as_tuple(out: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (out,) if isinstance(out, Tensor) else tuple(out)

@@ -13,28 +13,47 @@ from torch import nn
 from linfusion.attention import get_method
 from linfusion.attention.grids import video as volumes
 
+# Names that diffusers' pipelines give to what denoises; Wan 2.2 has two, for high and low noise.
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
-def model_of(model_or_pipe: Any) -> nn.Module:
-    """The denoising model: a module itself, or the `unet` or `transformer` of a pipeline.
+# Denoisers of embeddings: there is no picture in their tokens.
+_NO_PICTURE = ("PriorTransformer",)
 
-    A ControlNet of a pipeline is left alone; pass `pipe.controlnet` to take it.
+
+def models_of(model_or_pipe: Any) -> dict[str, nn.Module]:
+    """The denoising models, by their names in a pipeline: a module itself, or all of a pipeline.
+
+    A ControlNet of a pipeline is left alone, as are text encoders and the decoder of latents; pass
+    `pipe.controlnet` to take it.
 
     Raises:
         ValueError: there is none.
     """
-    model = model_or_pipe
-    if not isinstance(model, nn.Module):
-        for name in ("unet", "transformer"):
-            model = getattr(model_or_pipe, name, None)
-            if isinstance(model, nn.Module):
-                break
-        else:
-            raise ValueError(
-                f"model_or_pipe: got {type(model_or_pipe).__name__}, expected a torch module or a"
-                " pipeline with a unet or a transformer"
-            )
+    if isinstance(model_or_pipe, nn.Module):
+        found = {"": model_or_pipe}
+    else:
+        parts = ((name, getattr(model_or_pipe, name, None)) for name in DENOISERS)
+        found = {
+            name: model
+            for name, model in parts
+            if isinstance(model, nn.Module) and type(model).__name__ not in _NO_PICTURE
+        }
+    if not found:
+        raise ValueError(
+            f"model_or_pipe: got {type(model_or_pipe).__name__}, expected a torch module or a"
+            " pipeline with a unet or a transformer"
+        )
     # torch.compile wraps the module; what is changed is what it wraps.
-    return getattr(model, "_orig_mod", model)
+    return {name: getattr(model, "_orig_mod", model) for name, model in found.items()}
+
+
+def model_of(model_or_pipe: Any) -> nn.Module:
+    """The first of the denoising models: what `models_of` finds, for pipelines with one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return next(iter(models_of(model_or_pipe).values()))
 
 
 def candidates(model: nn.Module, method: str) -> dict[str, Any]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from linfusion.layers.difference import Difference
 from linfusion.layers.record import TakenLayer
-
-if TYPE_CHECKING:
-    from diffusers.models.attention_processor import Attention
 
 
 def attention_parameters(attn: Any) -> dict[str, nn.Parameter]:
@@ -63,13 +60,18 @@ def refuse_copied(path: str, attn: Any) -> None:
         )
 
 
-def projections(attn: Attention) -> dict[str, nn.Linear]:
-    """to_q, to_k, to_v and, where there is one, to_out.0 of a layer.
+def projections(attn: Any) -> dict[str, nn.Linear]:
+    """Those of to_q, to_k, to_v and to_out.0 that a layer has.
 
-    They are what LoRA wraps, rather than its wrapper.
+    They are what LoRA wraps, rather than its wrapper. A single block of FLUX has no to_out; hosts
+    that project queries, keys and values in one have none of them.
     """
-    names = ["to_q", "to_k", "to_v"]
-    if getattr(attn, "to_out", None) is not None:  # a single block of FLUX has none
-        names.append("to_out.0")
-    modules: dict[str, Any] = {name: attn.get_submodule(name) for name in names}
-    return {name: getattr(module, "base_layer", module) for name, module in modules.items()}
+    found = {}
+    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+        parent, _, leaf = name.partition(".")
+        module = getattr(attn, parent, None)
+        if leaf and module is not None:  # a list, but in some hosts a single layer
+            module = module[0] if isinstance(module, nn.ModuleList) else None
+        if module is not None:
+            found[name] = getattr(module, "base_layer", module)
+    return found

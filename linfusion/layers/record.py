@@ -46,3 +46,11 @@ def mark(model: nn.Module, value: dict[str, Any] | None) -> None:
     marked = type(config)(items if value is None else {**items, MARKER: value})
     vars(marked).update({k: v for k, v in vars(config).items() if k != MARKER})
     model.__dict__["_internal_dict"] = marked
+
+
+def set_processor(attn: Any, processor: Any) -> None:
+    """Give a layer of diffusers another processor; not every class of theirs has a method."""
+    if hasattr(attn, "set_processor"):
+        attn.set_processor(processor)
+    else:
+        attn.processor = processor

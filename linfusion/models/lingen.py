@@ -18,6 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
+from linfusion.attention.grids.local import SHARED
 from linfusion.attention.mate.layer import MATE, LayerState
 from linfusion.attention.mate.scan_orders import ORDERS
 from linfusion.models.lingen_block import LinGenBlock, modulated
@@ -221,6 +222,10 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
 
         x = self.proj_in(_patched(hidden_states, self.config.patch_size)).flatten(1, 3)
         positions = self.pos_embed(grid, start, stretch=not causal, blocks=blocks).to(x.dtype)
+        shard = self.__dict__[SHARED].shard(grid) if SHARED in self.__dict__ else None
+        if shard is not None:  # of several ranks, whose rows these are; states are whole on all
+            x, positions, grid = shard.take(x), shard.take(positions), shard.local
+            past = tuple(shard.take_state(layer) for layer in past)
         modulation, embedded = self._timed(timestep, x, grid[0])
         text, mask = self._text(encoder_hidden_states, encoder_attention_mask, x)
 
@@ -234,10 +239,12 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
             after.append(layer)
         if commit:
             assert state is not None
-            state.commit(after)
+            state.commit(after if shard is None else [shard.join_state(layer) for layer in after])
 
         shift, scale = (self.scale_shift_table + embedded[:, :, None]).unbind(2)
         x = self.proj_out(modulated(self.norm_out(x), shift, scale))
+        if shard is not None:
+            x, grid = shard.join(x), shard.grid
         sample = _unpatched(x.unflatten(1, grid), self.config.patch_size)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 

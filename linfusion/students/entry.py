@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from linfusion.attention.method import Method, channels_of
+from linfusion.attention.method import Method, channels_of, head_dim_of, heads_of
 from linfusion.layers.difference import LowRank
 from linfusion.layers.projections import projections
 
@@ -25,6 +25,7 @@ class Entry:
     inner_dim: int
     bias: bool
     out: bool = True
+    linears: dict[str, tuple[int, int, bool]] | None = None  # where they are not as above say
 
     @property
     def query_dim(self) -> int:
@@ -45,6 +46,7 @@ class Entry:
                 inner_dim=item.get("inner_dim", dim),
                 bias=item.get("bias", False),
                 out=item.get("out", True),
+                linears=_shapes(item.get("projections")),
             )
         elif isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 3:
             path, dim, heads = item
@@ -71,15 +73,28 @@ class Entry:
     def of(cls, path: str, attn: Any, setting: Any) -> Entry:
         """Of a layer of a model."""
         linears = projections(attn)
-        return cls(
+        heads = heads_of(attn)
+        entry = cls(
             path=path,
             dim=channels_of(attn),
-            heads=attn.heads,
+            heads=heads,
             setting=setting,
-            inner_dim=attn.inner_dim,
-            bias=linears["to_q"].bias is not None,
+            inner_dim=heads * head_dim_of(attn),
+            bias="to_q" in linears and linears["to_q"].bias is not None,
             out="to_out.0" in linears,
         )
+        shapes = {
+            name: (x.in_features, x.out_features, x.bias is not None) for name, x in linears.items()
+        }
+        return entry if shapes == entry.shapes else replace(entry, linears=shapes)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, bool]]:
+        """Channels in and out of every projection, and whether it has a bias."""
+        if self.linears is not None:
+            return self.linears
+        found = dict.fromkeys(("to_q", "to_k", "to_v"), (self.dim, self.inner_dim, self.bias))
+        return found | ({"to_out.0": (self.inner_dim, self.dim, self.bias)} if self.out else {})
 
     def to_dict(self, setting_key: str) -> dict[str, Any]:
         """The published form; our further keys only where they say something."""
@@ -95,7 +110,15 @@ class Entry:
             item["bias"] = True
         if not self.out:
             item["out"] = False
+        if self.linears is not None:
+            item["projections"] = {name: list(shape) for name, shape in self.linears.items()}
         return item
+
+
+def _shapes(stored: Any) -> dict[str, tuple[int, int, bool]] | None:
+    if stored is None:
+        return None
+    return {name: (inputs, outputs, bias) for name, (inputs, outputs, bias) in stored.items()}
 
 
 def holder(
@@ -106,10 +129,12 @@ def holder(
     layer.add_module(mechanism.name, mechanism.child(entry, entry.setting))
     if attention_weights:
         linear: Any = nn.Linear if rank is None else partial(LowRank, rank=rank)
-        for name in ("to_q", "to_k", "to_v"):
-            layer.add_module(name, linear(entry.dim, entry.inner_dim, bias=entry.bias))
-        if entry.out:
-            layer.to_out = nn.ModuleList([linear(entry.inner_dim, entry.dim)])
+        for name, (inputs, outputs, bias) in entry.shapes.items():
+            made = linear(inputs, outputs, bias=bias)
+            if name == "to_out.0":
+                layer.to_out = nn.ModuleList([made])
+            else:
+                layer.add_module(name, made)
     return layer
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import reprlib
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from linfusion.attention import get_method, names
 from linfusion.attention.linfusion.feature_map import NAME
-from linfusion.attention.method import channels_of
+from linfusion.attention.method import channels_of, heads_of
 from linfusion.layers.difference import Difference
 from linfusion.layers.find import compute_dtype, shorten
 from linfusion.layers.projections import attention_parameters, refuse_copied
@@ -37,6 +38,31 @@ def method_of(weights: Any, marker: Any) -> str:
     if os.fspath(weights).endswith(".safetensors"):
         return next(name for name in names() if get_method(name).read_file is not None)
     return str(read_config(weights).get("method", NAME))
+
+
+def weights_by_model(weights: Any, models: Mapping[str, Any]) -> dict[str, Any]:
+    """A student for each of the models of a pipeline, by their names in it.
+
+    Args:
+        weights: as `linearize` takes it; for several models a mapping by name, or a folder with a
+            folder of each name, as `save` writes it.
+        models: by name.
+
+    Raises:
+        ValueError: it is one student and there are several models, or another name.
+    """
+    if weights is None or (len(models) == 1 and not isinstance(weights, Mapping)):
+        return dict.fromkeys(models, weights)
+    found = weights
+    if isinstance(weights, str | os.PathLike):
+        found = {n: os.path.join(weights, n) for n in models}
+        found = {n: folder for n, folder in found.items() if os.path.isdir(folder)}
+    if not isinstance(found, Mapping) or set(found) != set(models):
+        raise ValueError(
+            f"weights: got {reprlib.repr(weights)} for the models {sorted(models)}; expected a"
+            " student of each, in a mapping or in folders of those names"
+        )
+    return dict(found)
 
 
 def student_of(
@@ -104,7 +130,7 @@ def fit(
         attn = found[path]
         for what, theirs, ours in (
             ("channels", entry.dim, channels_of(attn)),
-            ("heads", entry.heads, attn.heads),
+            ("heads", entry.heads, heads_of(attn)),
         ):
             if theirs != ours:
                 wrong.append(f"{path} has {theirs} {what}, the model {ours}")

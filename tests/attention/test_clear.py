@@ -20,7 +20,6 @@ from linfusion.attention.grids.joint import grids_of
 from linfusion.layers.record import record_of
 from linfusion.linearize import as_softmax
 from tests.dense import masked, window_mask
-from tests.tiny import tiny_unet
 from tests.tiny_joint import (
     SD35,
     flux_inputs,
@@ -370,9 +369,9 @@ def test_bad_options_are_refused_by_name(options, message):
     assert type(model.transformer_blocks[0].attn.processor).__name__ == "FluxAttnProcessor"
 
 
-def test_a_model_without_joint_attention_is_refused():
-    with pytest.raises(ValueError, match="UNet2DConditionModel has no joint attention"):
-        linfusion.linearize(tiny_unet(), "clear")
+def test_a_model_whose_grid_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="Identity is no host that 'clear' knows the grid"):
+        linfusion.linearize(torch.nn.Identity(), "clear")
 
 
 def test_a_rotary_factor_without_a_rotary_table_is_refused():

@@ -7,6 +7,7 @@ import torch
 
 from linfusion.kernels import linear_attention
 from linfusion.kernels.linear_attention import blocked_bf16
+from linfusion.kernels.linear_attention.common import Choices
 from tests.kernels.test_linear_attention import CHOICES, error, inputs
 
 # B, N, M, H, D, E: one block, many, short sequences together, heads of two widths
@@ -20,8 +21,8 @@ SIZES = [
 
 def attention(q, k, v, feature_map, normalizer):
     state = blocked_bf16.state_forward(k, v, feature_map)
-    choices = (feature_map, normalizer or "none", 1e-4)
-    return blocked_bf16.read_forward(q, *state[:2], *choices, state[2])
+    choices = Choices(feature_map, normalizer or "none", 1e-4)
+    return blocked_bf16.read_forward(q, state, choices)
 
 
 @pytest.mark.parametrize("feature_map, normalizer", CHOICES)

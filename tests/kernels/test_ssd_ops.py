@@ -17,16 +17,16 @@ OPS = torch.ops.linfusion
 
 
 def tensors(length: int = 11, optional: bool = True) -> tuple[list[Tensor], list[Tensor | None]]:
-    """x, dt, a, b, c, and skip, initial and seg or None."""
+    """x, dt, a, b, c, and skip and initial or None."""
     torch.manual_seed(0)
     shapes = [(2, length, 4, 3), (2, length, 4), (2, length, 4), *[(2, length, 2, 5)] * 2]
     x, dt, a, b, c = (torch.randn(shape) for shape in shapes)
     a = -a.abs()
     needed = [t.requires_grad_() for t in (x, dt, a, b, c)]
     if not optional:
-        return needed, [None, None, None]
+        return needed, [None, None]
     skip, initial = (torch.randn(shape, requires_grad=True) for shape in ((2, 4, 3), (2, 4, 3, 5)))
-    return needed, [skip, initial, torch.arange(length).expand(2, -1).int() // 7]
+    return needed, [skip, initial]
 
 
 @pytest.mark.parametrize("optional", [False, True])
@@ -42,8 +42,7 @@ def test_opcheck_of_the_backward(optional):
     needed = [t.detach() for t in needed]
     rest = [None if t is None else t.detach() for t in rest]
     y, final, kept = OPS.ssd_scan(*needed, *rest, 4, False, "blocked")
-    skip, _, seg = rest
-    opcheck(OPS.ssd_scan_backward, (y, final, *needed, skip, seg, kept, 4, False, "blocked"))
+    opcheck(OPS.ssd_scan_backward, (y, final, *needed, rest[0], kept, 4, False, "blocked"))
 
 
 @pytest.mark.parametrize("chunk_size", [4, 600])
@@ -58,7 +57,6 @@ def test_the_fake_knows_how_many_states_are_kept(chunk_size):
 
 def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Some work before and after, and every option."""
-    seq_idx = (torch.arange(x.shape[1]) // 5).expand(x.shape[:2])
     y, h = ssd_scan(
         x * 2,
         dt,
@@ -67,11 +65,9 @@ def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
         c,
         chunk_size=4,
         D=a[0, 1],
-        z=x,
         dt_bias=a[1, 0],
         dt_softplus=True,
         dt_limit=(0.1, 2.0),
-        seq_idx=seq_idx,
         return_final_states=True,
         reverse=True,
     )
@@ -105,18 +101,6 @@ def test_checkpointed_gradients_are_the_plain_ones():
     plain = torch.autograd.grad(scan(*needed).sin().sum(), needed)
     again = checkpoint(scan, *needed, use_reentrant=False).sin().sum()
     assert all(map(torch.equal, torch.autograd.grad(again, needed), plain))
-
-
-def test_vmap_is_a_loop():
-    needed, _ = tensors()
-    x, dt, a, b, c = (t.detach() for t in needed)
-    xs = torch.stack([x, 2 * x, -x])
-
-    def f(x: Tensor) -> Tensor:
-        return ssd_scan(x, dt, a[0, 0], b, c, chunk_size=4, D=a[0, 1])
-
-    together = torch.vmap(f)(xs)
-    assert all(torch.allclose(u, f(v), atol=1e-6) for u, v in zip(together, xs, strict=True))
 
 
 def test_a_second_derivative_is_refused_and_says_what_has_one():

@@ -11,6 +11,7 @@ from torch import Tensor
 from linfusion.kernels import linear_attention
 from linfusion.kernels.linear_attention import reference
 from linfusion.kernels.linear_attention import triton as kernels
+from linfusion.kernels.linear_attention.common import Choices
 from linfusion.kernels.linear_attention.triton_configs import num_splits
 
 # Relative RMS error against float64. Wrong signs, masks or scales are errors of order one.
@@ -65,11 +66,10 @@ def run(
     splits: int | None = None,
 ) -> tuple[Tensor, ...]:
     """Output and gradients by the kernels."""
-    kv, k_mean, count = kernels.state_forward(k, v, w, feature_map, splits=splits)
-    o = kernels.read_forward(q, kv, k_mean, feature_map, normalizer, 1e-4, count, v.dtype)
-    grads = kernels.attention_backward(
-        do, q, k, v, w, kv, k_mean, count, feature_map, normalizer, 1e-4, splits=splits
-    )
+    choices = Choices(feature_map, normalizer, 1e-4)
+    state = kernels.state_forward(k, v, w, feature_map, splits=splits)
+    o = kernels.read_forward(q, state, choices, v.dtype)
+    grads = kernels.attention_backward(do, q, k, v, w, state, choices, splits=splits)
     return o, *grads
 
 
@@ -84,8 +84,9 @@ def exact(
 ) -> tuple[Tensor, ...]:
     """Output and gradients by the definition, in float64."""
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
-    kv, k_mean, count = reference.state_forward(k, v, w, feature_map)
-    o = reference.read_forward(q, kv, k_mean, feature_map, normalizer, 1e-4, count, torch.float64)
+    state = reference.state_forward(k, v, w, feature_map)
+    choices = Choices(feature_map, normalizer, 1e-4)
+    o = reference.read_forward(q, state, choices, torch.float64)
     return o.detach(), *torch.autograd.grad(o, (q, k, v), do.double())
 
 
@@ -143,9 +144,10 @@ def test_the_widest_head_agrees(poisoned):
     q, k, v, _ = inputs(2, 3, 576, 576, torch.float32)
     q, k, v = (x[:1, :, :1] for x in (q, k, v))
     state = kernels.state_forward(k, v, None, "elu1")
-    o = kernels.read_forward(q, *state[:2], "elu1", "mean", 1e-4, state[2], torch.float32)
-    kv, k_mean, count = reference.state_forward(k.double(), v.double(), None, "elu1")
-    truth = reference.read_forward(q, kv, k_mean, "elu1", "mean", 1e-4, count, torch.float64)
+    choices = Choices("elu1", "mean", 1e-4)
+    o = kernels.read_forward(q, state, choices, torch.float32)
+    state = reference.state_forward(k.double(), v.double(), None, "elu1")
+    truth = reference.read_forward(q, state, choices, torch.float64)
     assert error(o, truth) <= TOLERANCE[torch.float32]
 
 
@@ -206,8 +208,8 @@ def test_a_row_of_zeros_under_relu_has_finite_gradients():
     # z = 0 + ε/c with SANA's ε: 1/z² would be infinite.
     q, k, v, do = inputs(5, 7, 40, 40, torch.float32)
     q[:, 0] = -1
-    kv, k_mean, count = kernels.state_forward(k, v, None, "relu")
-    args = (do, q, k, v, None, kv, k_mean, count, "relu", "sum", 1e-30)
+    state = kernels.state_forward(k, v, None, "relu")
+    args = (do, q, k, v, None, state, Choices("relu", "sum", 1e-30))
     assert all(g.isfinite().all() for g in kernels.attention_backward(*args))
 
 

@@ -12,7 +12,7 @@ from torch.library import opcheck
 from linfusion.kernels import ssd_scan
 from linfusion.kernels.ssd import reference
 from linfusion.kernels.ssd import triton as kernels
-from linfusion.kernels.ssd.common import segments
+from linfusion.kernels.ssd.common import Choices
 
 OPS = torch.ops.linfusion
 # Relative RMS error against float64. Wrong signs, masks or decays are errors of order one.
@@ -32,7 +32,6 @@ class Scan(NamedTuple):
     c: Tensor
     skip: Tensor | None
     initial: Tensor | None
-    seg: Tensor | None
     dy: Tensor
     dfinal: Tensor
 
@@ -41,9 +40,8 @@ def inputs(
     size: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
     optional: bool = True,
-    reverse: bool = False,
 ) -> Scan:
-    """Decays from hardly any to nearly all of the state, and resets between and within chunks."""
+    """Decays from hardly any to nearly all of the state."""
     batch, tokens, heads, channels, groups, features = size
     g = torch.Generator().manual_seed(0)
 
@@ -55,26 +53,23 @@ def inputs(
     dt = draw(batch, tokens, heads).exp()
     a = -dt * draw(heads).exp()
     skip, initial = draw(batch, heads, channels), draw(batch, heads, channels, features)
-    index = (torch.arange(tokens) // 16 + torch.arange(tokens) // 25).expand(batch, -1)
-    seg = segments(index - index[:, -1:] * reverse, reverse)
     if not optional:
-        skip = initial = seg = None
-    return Scan(x, dt, a, b, c, skip, initial, seg, dy, draw(batch, heads, channels, features))
+        skip = initial = None
+    return Scan(x, dt, a, b, c, skip, initial, dy, draw(batch, heads, channels, features))
 
 
 def run(s: Scan, chunk_size: int, reverse: bool, splits: int | None = None) -> list[Tensor]:
     """Output, last state and gradients by the kernels."""
-    y, final, kept = kernels.scan(*s[:8], chunk_size, reverse)
-    grads = kernels.scan_backward(
-        s.dy, s.dfinal, *s[:6], s.seg, kept, chunk_size, reverse, splits=splits
-    )
+    choices = Choices(chunk_size, reverse)
+    y, final, kept = kernels.scan(*s[:7], choices)
+    grads = kernels.scan_backward(s.dy, s.dfinal, *s[:6], kept, choices, splits=splits)
     return [y, final, *grads]
 
 
 def exact(s: Scan, reverse: bool) -> list[Tensor | None]:
     """The same by the recurrence, in float64; None for what is not there."""
     leaves = [None if t is None else t.double().requires_grad_() for t in s[:7]]
-    output = reference.scan(*leaves, s.seg, reverse)
+    output = reference.scan(*leaves, Choices(1, reverse))
     there = [t for t in leaves if t is not None]
     wanted = (s.dy.double(), s.dfinal.double())
     grads = iter(torch.autograd.grad(output, there, wanted, materialize_grads=True))
@@ -114,7 +109,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_output_and_gradients_agree_with_the_recurrence(size, reverse, optional, poisoned):
-    s = inputs(size, optional=optional, reverse=reverse)
+    s = inputs(size, optional=optional)
     check(run(s, 32, reverse), exact(s, reverse), s)
 
 
@@ -126,7 +121,7 @@ def test_chunks_of_every_size_agree(chunk_size, poisoned):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_half_precision_agrees(reverse, poisoned):
-    s = inputs((1, 130, 4, 24, 2, 40), torch.float16, reverse=reverse)
+    s = inputs((1, 130, 4, 24, 2, 40), torch.float16)
     check(run(s, 64, reverse), exact(s, reverse), s)
 
 
@@ -171,15 +166,6 @@ def test_small_decays_are_exact_between_large_ones(poisoned):
     check(run(s, 256, False), exact(s, False), s)
 
 
-def test_what_comes_after_a_reset_does_not_depend_on_what_was_before():
-    s = inputs((1, 40, 2, 8, 1, 8))
-    other = s._replace(x=s.x.clone(), initial=3 * s.initial)
-    other.x[:, :16] *= 2
-    ours, theirs = run(s, 32, False)[0], run(other, 32, False)[0]
-    assert torch.equal(ours[:, 16:], theirs[:, 16:])
-    assert not torch.equal(ours[:, :16], theirs[:, :16])
-
-
 def test_the_same_call_gives_the_same_bits():
     s = inputs((1, 70, 4, 8, 2, 8))
     assert all(torch.equal(a, b) for a, b in zip(run(s, 32, False), run(s, 32, False), strict=True))
@@ -221,7 +207,7 @@ def test_the_public_function_runs_these_kernels_and_their_gradients(wide, revers
     s = inputs((2, 40, 4, 8, 2, 16))
     g = torch.Generator().manual_seed(1)
     skip = torch.randn((4, 8) if wide else (4,), generator=g)
-    named = {"x": s.x, "dt": s.dt, "A": -s.dt[0, 0], "B": s.b, "C": s.c, "D": skip, "z": s.dy}
+    named = {"x": s.x, "dt": s.dt, "A": -s.dt[0, 0], "B": s.b, "C": s.c, "D": skip}
     named |= {"initial_states": s.initial, "dt_bias": s.dt[0, 1]}
 
     def results(impl: str, dtype: torch.dtype) -> list[Tensor]:
@@ -230,7 +216,6 @@ def test_the_public_function_runs_these_kernels_and_their_gradients(wide, revers
             **x,
             chunk_size=16,
             dt_softplus=True,
-            seq_idx=torch.arange(40).expand(2, -1) // 25,
             return_final_states=True,
             reverse=reverse,
             impl=impl,
@@ -247,11 +232,11 @@ def test_the_public_function_runs_these_kernels_and_their_gradients(wide, revers
 @pytest.mark.parametrize("reverse", [False, True])
 def test_opcheck_of_the_scan_and_of_its_backward(optional, reverse):
     s = inputs((2, 19, 4, 3, 2, 5), optional=optional)
-    args = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in s[:8]]
+    args = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in s[:7]]
     opcheck(OPS.ssd_scan, (*args, 4, reverse, "triton"))
     args = [t if t is None else t.detach() for t in args]
     *_, kept = OPS.ssd_scan(*args, 4, reverse, "triton")
-    back = (s.dy, s.dfinal, *args[:6], s.seg, kept, 4, reverse, "triton")
+    back = (s.dy, s.dfinal, *args[:6], kept, 4, reverse, "triton")
     opcheck(OPS.ssd_scan_backward, back)
 
 
@@ -264,7 +249,7 @@ def test_the_fake_knows_that_every_chunk_keeps_its_state():
         (300, 999, 2),
     ):
         s = inputs((1, length, 1, 3, 1, 2))
-        meta = [None if t is None else t.to("meta") for t in s[:8]]
-        for args in (s[:8], meta):
+        meta = [None if t is None else t.to("meta") for t in s[:7]]
+        for args in (s[:7], meta):
             *_, kept = OPS.ssd_scan(*args, chunk_size, False, "triton")
             assert kept.shape == (1, states, 1, 3, 2)

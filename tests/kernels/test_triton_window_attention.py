@@ -12,7 +12,7 @@ from torch import Tensor
 from linfusion.kernels import TileOrder, window_attention
 from linfusion.kernels.window_attention import reference
 from linfusion.kernels.window_attention import triton as kernels
-from linfusion.kernels.window_attention.triton_lists import lists
+from linfusion.kernels.window_attention.triton.lists import lists
 
 # Relative RMS error against float64. Wrong signs, masks or scales are errors of order one.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3}

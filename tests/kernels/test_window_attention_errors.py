@@ -48,6 +48,13 @@ PAIR = (X[:, :4], X[:, :4])
             {"pooled": (X[:, :0], X[:, :0])},
             r"pooled k: expected every axis of \[B, P, H, D\] to be",
         ),
+        ({"cells": 2}, r"cells: expected None or a positive integer .* grid \(2, 3\), got 2"),
+        ({"cells": (2, 0)}, r"cells: expected None or a positive integer .* got \(2, 0\)"),
+        ({"cells": (2, 2)}, r"cells: expected pooled tokens with cells \(2, 2\), got none"),
+        (
+            {"cells": (2, 2), "pooled": PAIR},
+            r"pooled: expected 2 tokens, one for each cell of \(2, 2\) of grid \(2, 3\), got 4",
+        ),
         (
             {"order": TileOrder((3, 2))},
             r"order: expected .* of grid \(2, 3\), got that of \(3, 2\)",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from linfusion.kernels import TileOrder, onednn, window_attention
+from linfusion.kernels import TileOrder, window_attention
 from linfusion.kernels.window_attention import blocks, products
 from tests.kernels.test_window_attention import SIZES, error, inputs, pair, use
 
@@ -96,21 +96,13 @@ def test_what_is_not_a_number_is_not_hidden():
     assert o.isnan().any(-1).sum() == 1
 
 
-@pytest.mark.parametrize(
-    "bf16, amx, exact, dtypes",
-    [
-        (True, False, True, [torch.float32, torch.bfloat16]),
-        (True, False, False, [torch.bfloat16]),
-        (True, True, True, []),
-        (False, False, True, []),
-    ],
-)
-def test_where_they_are_taken(monkeypatch, bf16, amx, exact, dtypes):
-    monkeypatch.setattr(onednn, "AVX512_BF16", bf16)
-    monkeypatch.setattr(onednn, "AMX", amx)
-    monkeypatch.setattr(onednn, "_is_exact", lambda: exact)
+@pytest.mark.parametrize("bf16, amx", [(True, False), (True, True), (False, False)])
+def test_where_they_are_taken(monkeypatch, bf16, amx):
+    monkeypatch.setattr(products, "AVX512_BF16", bf16)
+    monkeypatch.setattr(products, "AMX", amx)
     every = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     q = torch.empty(products.LEAST, dtype=torch.uint8)
-    assert [dtype for dtype in every if products.applies(q, dtype)] == dtypes
+    expected = [torch.bfloat16] if bf16 and not amx else []
+    assert [dtype for dtype in every if products.applies(q, dtype)] == expected
     assert not any(products.applies(q[1:], dtype) for dtype in every)
     assert not any(products.applies(q.to("meta"), dtype) for dtype in every)

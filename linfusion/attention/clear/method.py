@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from linfusion.attention.clear.processor import CLEARProcessor
 from linfusion.attention.clear.window import NAME, LocalWindow, Window
 from linfusion.attention.grids import joint as hosts
+from linfusion.attention.hosts import layout
+from linfusion.attention.hosts.layers import hosted_layers
+from linfusion.attention.hosts.processor import HostedProcessor, hosted
 from linfusion.attention.method import Method, StudentFile
 
 # Processors that compute softmax attention over text and image and nothing besides.
@@ -24,18 +27,20 @@ _PLAIN = {
 }
 
 
-def joint_attention(model: nn.Module) -> dict[str, Any]:
-    """The layers of FLUX or Stable Diffusion 3 that attend from image to image, by path.
+def _is_joint(model: nn.Module) -> bool:
+    """Whether it is FLUX or Stable Diffusion 3, which `CLEARProcessor` is for."""
+    return bool({kind.__name__ for kind in type(model).__mro__} & set(hosts.HOSTS))
+
+
+def pixel_attention(model: nn.Module) -> dict[str, Any]:
+    """The layers that attend from pixels to pixels, by path.
 
     Raises:
-        ValueError: it is another model, or a layer runs a processor that would lose something.
+        ValueError: it is no host that is known, or a layer runs a processor that would lose
+            something.
     """
-    kinds = {kind.__name__ for kind in type(model).__mro__}
-    if not kinds & set(hosts.HOSTS):
-        raise ValueError(
-            f"model_or_pipe: {type(model).__name__} has no joint attention that CLEAR knows the"
-            f" grid of; expected one of {', '.join(hosts.HOSTS)}, or a pipeline with one"
-        )
+    if not _is_joint(model):
+        return hosted_layers(model, NAME)
     found = {
         path: module
         for path, module in model.named_modules()
@@ -134,11 +139,36 @@ def break_even_tokens(attn: Any, setting: Mapping[str, Any]) -> int:
     return math.ceil(disc / (1 - window.down_factor**-2))
 
 
+def _processors(model: nn.Module) -> Callable[[Any], Any]:
+    if not _is_joint(model):
+        return lambda attn: hosted(attn.processor, NAME)
+    one = CLEARProcessor()
+    return lambda attn: one
+
+
+def _attach(model: nn.Module, chosen: Mapping[str, Mapping[str, Any]]) -> None:
+    if _is_joint(model):
+        hosts.attach(model, chosen)
+        return
+    ntk = {setting["ntk"] for setting in chosen.values()}
+    if ntk != {1.0}:
+        raise ValueError(
+            f"ntk: got {sorted(ntk)}; it stretches the rotary table of FLUX alone, so for"
+            f" {type(model).__name__} only 1"
+        )
+    layout.attach(model, chosen)
+
+
+def _detach(model: nn.Module) -> None:
+    hosts.detach(model)
+    layout.detach(model)
+
+
 METHOD = Method(
     name=NAME,
-    processor=CLEARProcessor,
+    processor=(CLEARProcessor, HostedProcessor),
     options=Window,
-    layers=joint_attention,
+    layers=pixel_attention,
     setting_key="window",
     settings=settings,
     child=lambda attn, setting: LocalWindow(setting),
@@ -148,6 +178,7 @@ METHOD = Method(
     student='"clear", weights="Huage001/CLEAR/clear_local_8.safetensors"',
     projections=True,
     read_file=read_file,
-    attach=hosts.attach,
-    detach=hosts.detach,
+    attach=_attach,
+    detach=_detach,
+    processor_of=_processors,
 )

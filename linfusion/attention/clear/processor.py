@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import RMSNorm
 
-from linfusion.attention.base import Processor, projected_out
+from linfusion.attention.base import Processor, projected_out, untouched
 from linfusion.attention.clear.window import NAME, LocalWindow
 from linfusion.attention.grids.joint import Grids
 from linfusion.kernels import window_attention
+from linfusion.kernels.elementwise import one_pass, rotary_rms_norm
 
 
 class CLEARProcessor(Processor):
@@ -68,29 +70,35 @@ class CLEARProcessor(Processor):
             )
         self.refuse_mask(attention_mask, "CLEAR's attention has a window and takes no further mask")
         self.refuse_context_parallelism()
-        q, k, v, text_q, text_k, text_v = _projected(attn, hidden_states, encoder_hidden_states)
-        joint = encoder_hidden_states is not None
-        text = text_q.shape[1] if joint else q.shape[1] - grids.tokens
-        if q.shape[1] != grids.tokens if joint else text < 0:
+        joint, tokens = encoder_hidden_states is not None, hidden_states.shape[1]
+        text = tokens - grids.tokens
+        if encoder_hidden_states is not None:
+            text = encoder_hidden_states.shape[1]
+        if tokens != grids.tokens if joint else text < 0:
             raise ValueError(
-                f"hidden_states: got {hidden_states.shape[1]} tokens, expected {grids.tokens} of"
+                f"hidden_states: got {tokens} tokens, expected {grids.tokens} of"
                 f" the grids {grids.sizes}" + ("" if joint else " and those of the text")
             )
+        q, k, v, text_q, text_k, text_v = _projected(
+            attn, hidden_states, encoder_hidden_states, image_rotary_emb
+        )
         if joint:
             k, v = torch.cat([text_k, k], 1), torch.cat([text_v, v], 1)
         else:
             text_q, q = q[:, :text], q[:, text:]
-        if image_rotary_emb is not None:
-            cos, sin = image_rotary_emb
-            q = _rotated(q, cos[text:], sin[text:])
-            text_q = _rotated(text_q, cos[:text], sin[:text])
-            k = _rotated(k, cos, sin)
-
-        scale = child.window.scale(k.shape[1], k.shape[3])
+        shard = grids.shard
+        tokens = k.shape[1] if shard is None else text + shard.tokens
+        scale = child.window.scale(tokens, k.shape[3])
         image_out = _image(child, grids, q, k, v, scale)
         # The text that the last block of Stable Diffusion 3 returns is not read.
         unread = joint and attn.context_pre_only
-        text_out = text_q if unread or text == 0 else self.softmax(text_q, k, v, scale=scale)
+        text_out = text_q
+        if text and not unread:
+            if shard is None:
+                text_out = self.softmax(text_q, k, v, scale=scale)
+            else:
+                seen = (k[:, :text], v[:, :text]), (k[:, text:], v[:, text:])
+                text_out = shard.softmax(text_q, *seen, scale)
         if not joint:
             out = image_out if text == 0 else torch.cat([text_out, image_out], 1)
             return _projected_out(attn, out.flatten(2))
@@ -120,24 +128,22 @@ def _image(
         if child.pool is not None:
             cells = (own_k, own_v) if order is None else (order.undo(own_k), order.undo(own_v))
             pooled = child.pool(cells[0], size), child.pool(cells[1], size)
-        seen: Any = window_attention(
-            q[:, start - text : end - text],
-            own_k,
-            own_v,
-            grid=size,
-            radius=child.window.radius,
-            context=context,
-            pooled=pooled,
-            scale=scale,
-            order=order,
-        )
-        out.append(seen)
+        seen: Any = {"radius": child.window.radius, "context": context, "scale": scale}
+        own_q = q[:, start - text : end - text]
+        if grids.shard is not None:
+            if pooled is not None:
+                factor = child.window.down_factor
+                seen["pooled"] = grids.shard.coarser(factor).gathered(*pooled)
+            out.append(grids.shard.window_attention(own_q, own_k, own_v, **seen))
+        else:
+            seen |= {"pooled": pooled, "grid": size, "order": order}
+            out.append(window_attention(own_q, own_k, own_v, **seen))
         start = end
     return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 
-def _projected(attn: Any, x: Tensor, text: Tensor | None) -> tuple[Any, ...]:
-    """q, k, v of the image and of the text (or None), normed, [B, N, H, D]."""
+def _projected(attn: Any, x: Tensor, text: Tensor | None, rotary: Any) -> tuple[Any, ...]:
+    """q, k, v of the image and of the text (or None), normed and turned, [B, N, H, D]."""
     # FLUX may have one GEMM instead of three; Stable Diffusion 3 keeps stale copies of that.
     fused = hasattr(attn, "unfuse_projections") and attn.fused_projections
     image_parts = (
@@ -150,25 +156,35 @@ def _projected(attn: Any, x: Tensor, text: Tensor | None) -> tuple[Any, ...]:
             if fused
             else [attn.add_q_proj(text), attn.add_k_proj(text), attn.add_v_proj(text)]
         )
+    start = 0 if text is None else text.shape[1]
     norms = ("norm_q", "norm_k", None, "norm_added_q", "norm_added_k", None)
     found = []
-    for part, name in zip([*image_parts, *text_parts], norms, strict=True):
+    for i, (part, name) in enumerate(zip([*image_parts, *text_parts], norms, strict=True)):
         if part is not None:
             part = part.unflatten(-1, (attn.heads, -1))
-            norm = getattr(attn, name, None) if name else None
-            part = part if norm is None else norm(part)
+        if part is not None and name:
+            place = slice(start, None) if i < 3 else slice(start)
+            table = None if rotary is None else [t[place] for t in rotary]
+            part = _turned(part, getattr(attn, name, None), table)
         found.append(part)
     return tuple(found)
+
+
+def _turned(x: Tensor, norm: Any, table: list[Tensor] | None) -> Tensor:
+    """Queries or keys [B, N, H, D], normed and, where there is a rotary table [N, D], turned."""
+    if table is None:
+        return x if norm is None else norm(x)
+    if norm is not None and norm.eps is not None and one_pass(x) and untouched(norm, RMSNorm, x):
+        cos, sin = (t.to(x.device) for t in table)
+        return rotary_rms_norm(x, norm.weight, cos, sin, eps=norm.eps)
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    x = x if norm is None else norm(x)
+    turned: Tensor = apply_rotary_emb(x, (table[0], table[1]), sequence_dim=1)
+    return turned
 
 
 def _projected_out(attn: Any, x: Tensor) -> Tensor:
     if getattr(attn, "to_out", None) is None:  # a single block of FLUX has its own
         return x
     return projected_out(attn, x)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    rotated: Tensor = apply_rotary_emb(x, (cos, sin), sequence_dim=1)
-    return rotated

@@ -9,6 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from linfusion.attention.grids.joint import refuse_undivided
+from linfusion.kernels import window_attention
+
 NAME = "clear"
 
 
@@ -93,6 +96,8 @@ class Pool(nn.Linear):
 class LocalWindow(nn.Module):
     """What hangs on a layer as `attn.clear`: its window, and with pooling the learned weights.
 
+    It is the form of a layer of hosts whose own processor runs.
+
     Args:
         setting: fields of a `Window`.
     """
@@ -104,6 +109,51 @@ class LocalWindow(nn.Module):
             raise ValueError(f"window: got {setting!r}, expected some of {sorted(names)} by name")
         self.window = Window(**setting)
         self.pool = Pool(self.window.down_factor) if self.window.down_factor > 1 else None
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        grid: tuple[int, ...],
+        context: tuple[Tensor, Tensor] | None,
+        scale: float | None,
+    ) -> Tensor:
+        """Attention of the tokens of one picture or video.
+
+        Args:
+            q, k, v: [B, N, H, D], N tokens of `grid` in raster order.
+            grid: (h, w) or (t, h, w).
+            context: keys and values [B, T, H, D] of all other tokens.
+            scale: of the scores; None is D^-½.
+
+        Returns:
+            [B, N, H, D].
+
+        Raises:
+            ValueError: `down_factor` does not divide height and width.
+        """
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        if self.window.proportional:
+            tokens = k.shape[1] + (0 if context is None else context[0].shape[1])
+            scale = scale * math.sqrt(q.shape[3]) * self.window.scale(tokens, q.shape[3])
+        pooled = None
+        if self.pool is not None:
+            refuse_undivided(self.window.down_factor, (grid[-2:],))
+            size = (math.prod(grid[:-1]), grid[-1])  # frames under one another
+            pooled = self.pool(k, size), self.pool(v, size)
+        out: Tensor = window_attention(
+            q,
+            k,
+            v,
+            grid=grid,  # type: ignore[arg-type]
+            radius=self.window.radius,
+            context=context,
+            pooled=pooled,
+            scale=scale,
+        )
+        return out
 
 
 def _is_number(value: object) -> bool:

@@ -60,4 +60,6 @@ def _read_latent(model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[st
 
 def _drop(attn: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """Before a layer that was not taken: it would warn of an argument it does not know."""
+    if getattr(attn.processor, "takes_grid", False):
+        return args, kwargs
     return args, {name: value for name, value in kwargs.items() if name != ARGUMENT}

@@ -12,7 +12,7 @@ whoever trains compares layers with those of a teacher.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linfusion.attention.grids.local import SHARED
 from linfusion.kernels import TileOrder
 
 HOSTS = ("FluxTransformer2DModel", "FluxControlNetModel", "SD3Transformer2DModel")
@@ -42,10 +43,12 @@ class Grids:
     Attributes:
         sizes: (h, w) of each.
         orders: of the tokens of each, as `window_attention` takes it; None is raster order.
+        shard: where the tokens are those of one of several ranks, `linfusion.parallel.Shard`.
     """
 
     sizes: tuple[tuple[int, int], ...]
     orders: tuple[TileOrder | None, ...]
+    shard: Any = None
 
     @property
     def tokens(self) -> int:
@@ -214,19 +217,29 @@ def _read_latent(model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[st
 def _announce(model: Any, grids: Grids) -> Grids:
     """Decide the order of this call's tokens, and tell the first and last layer of it."""
     for factor in getattr(model, _FACTORS):
-        for height, width in grids.sizes:
-            if height % factor or width % factor:
-                raise ValueError(
-                    f"down_factor: {factor} does not divide the grid of {height} by {width} tokens;"
-                    f" with these weights height and width have to be multiples of {factor} tokens"
-                    f" ({16 * factor} pixels)"
-                )
-    if hasattr(model, "proj_out") and not torch.is_grad_enabled():
+        refuse_undivided(factor, grids.sizes)
+    shared = hasattr(model, SHARED)  # by rows, and a rank's tiles are not those of the picture
+    if hasattr(model, "proj_out") and not torch.is_grad_enabled() and not shared:
         grids = replace(grids, orders=tuple(TileOrder(size) for size in grids.sizes))
     setattr(model.pos_embed, _PENDING, grids)
     if hasattr(model, "proj_out"):
         setattr(model.proj_out, _PENDING, grids)
     return grids
+
+
+def refuse_undivided(factor: int, sizes: Iterable[Sequence[int]]) -> None:
+    """Refuse grids that cells of `factor` by `factor` tokens do not fill.
+
+    Raises:
+        ValueError: one of them.
+    """
+    for height, width in sizes:
+        if height % factor or width % factor:
+            raise ValueError(
+                f"down_factor: {factor} does not divide the grid of {height} by {width} tokens;"
+                f" with these weights height and width have to be multiples of {factor} tokens"
+                f" ({16 * factor} pixels)"
+            )
 
 
 def _stretch(pos_embed: Any, args: Any) -> None:

@@ -1,4 +1,4 @@
-"""A LinFusion layer for inference: one GEMM over x, and W_O folded into the state."""
+"""A LinFusion layer for inference: one GEMM over x, and on a CPU W_O folded into the state."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linfusion.kernels import LinearState, linear_read, linear_state, onednn
+from linfusion.attention.linfusion.feature_map import ResidualMLP
+from linfusion.kernels import LinearState, linear_attention, linear_read, linear_state
+from linfusion.kernels.library import autocasts, without_autocast
 from linfusion.kernels.linear_attention import blocked_bf16
+from linfusion.kernels.linear_attention.common import Choices
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
-    from linfusion.attention.linfusion.feature_map import FeatureMap, ResidualMLP
+    from linfusion.attention.linfusion.feature_map import FeatureMap
 
 _EPS = 1e-4
-# Tokens at a time, a picture: what is between x and the output then stays in a CPU's cache (this
-# many in float32, twice as many in half of it), and bounded on a GPU.
-_BLOCK = {"cpu": 1024}
-_GPU_BLOCK = 1 << 16
+_READ = Choices("elu1", "mean", _EPS)
+# Tokens at a time of a picture in float32, and twice as many in half of it: what is between x and
+# the output then stays in a CPU's cache.
+_BLOCK = 1024
 
 
 class FoldedOut(nn.Linear):
@@ -36,7 +38,8 @@ class FoldedOut(nn.Linear):
         if x.ndim == 3:
             return super().forward(x)
         weight = self.weight.to(x.dtype).view(-1, x.shape[1], x.shape[3])  # [C, H, E]
-        g = torch.einsum("bhde,che->bhdc", x, weight).flatten(1, 2)
+        with without_autocast(x.device):  # a state is float32
+            g = torch.einsum("bhde,che->bhdc", x, weight).flatten(1, 2)
         return g.to(self.weight.dtype), self.bias
 
 
@@ -45,7 +48,8 @@ class AddedLinear(nn.Linear):
 
     def forward(self, x: Tensor, onto: Tensor) -> Tensor:  # type: ignore[override]
         """[T, m], [T, C] -> [T, C]."""
-        if torch.is_grad_enabled():
+        # Autocast casts for the first, and not for the second.
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return torch.addmm(onto, x, self.weight.t())
         return onto.addmm_(x, self.weight.t())
 
@@ -55,7 +59,8 @@ class FusedLayer(nn.Module):
 
     With q = W_q(x + W₃a + b₃) = W_q x + (W_q W₃)a + W_q b₃, where a = lrelu(LN(W₀x + b₀)), all of
     W_q, W_k, W_v and both W₀ read x at once, and W_q W₃ is multiplied ahead of time. The output is
-    out_i = Σ_h φ(q_ih)/z_ih · (S_h W_O,h) + b, so that o is never written.
+    out_i = Σ_h φ(q_ih)/z_ih · (S_h W_O,h) + b, so that o is never written; on a GPU, where that
+    would be more passes over memory, it is W_O o_i + b.
 
     Args:
         attn: the layer, with plain nn.Linear projections.
@@ -86,16 +91,15 @@ class FusedLayer(nn.Module):
 
     def forward(self, x: Tensor, key_weight: Tensor | None = None) -> Tensor:
         """[B, N, C] -> [B, N, C], the output projection and its bias included."""
-        if _plain(x, torch.float32) and onednn.serves():
-            with onednn.float32_products():
-                return self._forward(x, key_weight)
-        return self._forward(x, key_weight)
-
-    def _forward(self, x: Tensor, key_weight: Tensor | None) -> Tensor:
+        if autocasts(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if not _is_cpu(x):
+            # No cache to stay in, and folding W_O would move more bytes than it saves.
+            q, k, v = (self._split(t) for t in self._project(x))
+            o = linear_attention(q, k, v, eps=_EPS, key_weight=key_weight)
+            return self.out(o.flatten(2))
         batch, tokens, channels = x.shape
-        block = _GPU_BLOCK
-        if x.device.type == "cpu":
-            block = max(64, _BLOCK["cpu"] * 4 // x.element_size() // batch)
+        block = max(64, _BLOCK * 4 // x.element_size() // batch)
         if torch.compiler.is_compiling():
             block = tokens  # a loop would be unrolled, once for every length
         pieces = [slice(i, min(i + block, tokens)) for i in range(0, tokens, block)]
@@ -108,7 +112,7 @@ class FusedLayer(nn.Module):
             queries[:, piece] = q
             k, v = self._split(k), self._split(v)
             if narrow:
-                part = LinearState(*blocked_bf16.state_forward(k, v, "elu1"))
+                part = blocked_bf16.state_forward(k, v, _READ.feature_map)
             else:
                 weight = None if key_weight is None else key_weight[:, piece]
                 part = linear_state(k, v, key_weight=weight)
@@ -126,13 +130,7 @@ class FusedLayer(nn.Module):
     def _reader(self, state: LinearState, narrow: bool) -> Callable[[Tensor], Tensor]:
         """What queries [B, N, H, D] give: [B, N, C], the output projection included."""
         if narrow:
-            kv, m, count = state
-
-            def unfolded(q: Tensor) -> Tensor:
-                o = blocked_bf16.read_forward(q, kv, m, "elu1", "mean", _EPS, count)
-                return self.out(o.flatten(2))
-
-            return unfolded
+            return lambda q: self.out(blocked_bf16.read_forward(q, state, _READ).flatten(2))
         g, bias = self.out(state.kv)
         return lambda q: torch.baddbmm(bias, _normalized(q, state.k_mean).flatten(2).to(g.dtype), g)
 
@@ -140,12 +138,9 @@ class FusedLayer(nn.Module):
         # All parts are views of one product.
         q, k, v, *hidden = self.read_x(x.flatten(0, 1)).split(self.widths, dim=-1)
         if hidden:
-            q = self.last_q(self._hidden(self.norm_q, hidden[0]), q)
-            k = self.last_k(self._hidden(self.norm_k, hidden[1]), k)
+            q = self.last_q(ResidualMLP.activated(hidden[0], self.norm_q), q)
+            k = self.last_k(ResidualMLP.activated(hidden[1], self.norm_k), k)
         return q.unflatten(0, x.shape[:2]), k.unflatten(0, x.shape[:2]), v.unflatten(0, x.shape[:2])
-
-    def _hidden(self, norm: nn.Module, t: Tensor) -> Tensor:
-        return F.leaky_relu(norm(t), 0.01, inplace=not torch.is_grad_enabled())
 
     def _split(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (self.heads, -1))
@@ -168,8 +163,9 @@ class _Affine:
 
 
 def _double(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    weight = linear.weight.double()
-    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.double()
+    """On the CPU: not every device has float64."""
+    weight = linear.weight.cpu().double()
+    bias = weight.new_zeros(len(weight)) if linear.bias is None else linear.bias.cpu().double()
     return weight, bias
 
 
@@ -193,6 +189,10 @@ def _added(weight: Tensor) -> AddedLinear:
 def _narrow(x: Tensor, key_weight: Tensor | None) -> bool:
     """Whether the kernels of `blocked_bf16` serve; what they read is cheaper not folded."""
     return _plain(x, torch.bfloat16) and key_weight is None and blocked_bf16.BF16_PRODUCTS
+
+
+def _is_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def _plain(x: Tensor, dtype: torch.dtype) -> bool:

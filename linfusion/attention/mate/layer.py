@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ class MATE(nn.Module):
 
         Args:
             x: [B, T·H·W, C], frame by frame, row by row.
-            grid: (T, H, W).
+            grid: (T, H, W), a `LocalGrid` where others have further rows.
             blocks: frames of each block, T in all. None: every token sees every other.
             past: of the blocks before; not written to.
             return_state: also return the state after the last block.
@@ -172,14 +172,15 @@ class MATE(nn.Module):
         if x.dim() != 3:
             raise ValueError(f"x: expected [B, T·H·W, C], got {tuple(x.shape)}")
         video = unflatten(x, grid, "thw")
+        shard = getattr(grid, "shard", None)
         if blocks is None:
             if past is not None or return_state:
                 raise ValueError("blocks: got None with a state, expected the frames of each block")
             ma = None
             if self.ma is not None:
-                sequence, lead = self._sequence(video, self._pooled(video))
-                ma = self.ma(sequence, lead=lead, lead_first=self.review_placement == "both")
-            return self._mixed(video, ma, None if self.te is None else self.te(video))
+                ma, _ = self._scanned(self.ma, video, self._pooled(video), None, shard)
+            te = None if self.te is None else self.te(video, shard=shard)
+            return self._mixed(video, ma, te)
         if self.ma is not None and self.ma.bidirectional == "hydra":
             raise ValueError("blocks: 'hydra' sees what is to come; expected None, or 'flip_sum'")
         if not blocks or min(blocks) < 1 or sum(blocks) != grid[0]:
@@ -189,17 +190,19 @@ class MATE(nn.Module):
         for run, part in _runs(video, blocks):
             te, halo = None, None
             if self.te is not None:  # of several blocks at once: it needs no state but frames
-                te = self.te(part, state.halo, state.frames, run)
+                te = self.te(part, state.halo, state.frames, run, shard)
                 seen = self.te.reach(state.frames + part.shape[1])
                 halo = _last(state.halo, part, seen) if seen else part[:, :0]
             for i, block in enumerate(part.split(run, 1)):
-                ma, state = self._scan_block(block, state)
+                ma, state = self._scan_block(block, state, shard)
                 mixed.append(self._mixed(block, ma, None if te is None else te.split(run, 1)[i]))
             state = state._replace(halo=halo)
         out = torch.cat(mixed, 1)
         return (out, state) if return_state else out
 
-    def _scan_block(self, video: Tensor, past: LayerState) -> tuple[Tensor | None, LayerState]:
+    def _scan_block(
+        self, video: Tensor, past: LayerState, shard: Any
+    ) -> tuple[Tensor | None, LayerState]:
         """MA of one block [B, T, H, W, C], and the state after it, with the halo from before."""
         frames, conv, ssm, _, review = past
         ma = None
@@ -209,35 +212,47 @@ class MATE(nn.Module):
             if pooled is not None:
                 seen = pooled if review is None else torch.cat([review.to(pooled), pooled], 1)
                 review = _last(review, pooled, self.review_memory)
-            sequence, lead = self._sequence(video, seen)
-            ma, (conv, ssm) = self.ma(
-                sequence,
-                None if conv is None or ssm is None else Mamba2State(conv, ssm),
-                return_state=True,
-                lead=lead,
-                lead_first=self.review_placement == "both",
-            )
+            before = None if conv is None or ssm is None else Mamba2State(conv, ssm)
+            ma, after = self._scanned(self.ma, video, seen, before, shard, return_state=True)
+            conv, ssm = after
         return ma, LayerState(frames + video.shape[1], conv, ssm, past.halo, review)
 
     def _pooled(self, video: Tensor) -> Tensor | None:
         return None if self.review_placement == "none" else pool(video, self.review_pool)
 
-    def _sequence(self, video: Tensor, review: Tensor | None) -> tuple[Tensor, int]:
-        """Review tokens and tokens in this layer's order, and how many come in front."""
-        tokens = flatten(video, self.order)
-        if review is None:
-            return tokens, 0
-        front = flatten(review, self.order)
-        return torch.cat([front, tokens], 1), front.shape[1]
+    def _scanned(
+        self,
+        layer: BiMamba2,
+        video: Tensor,
+        review: Tensor | None,
+        past: Mamba2State | None,
+        shard: Any,
+        return_state: bool = False,
+    ) -> tuple[Tensor, Any]:
+        """The scan of review tokens and tokens in this layer's order: [B, T, H, W, C], a state."""
+        first = self.review_placement == "both"
+        if shard is not None:
+            rows = self.review_pool[1]
+            found: tuple[Tensor, Any] = shard.scan(
+                layer, video, self.order, review, rows, lead_first=first, past=past
+            )
+            return found
+        sequence, lead = flatten(video, self.order), 0
+        if review is not None:
+            front = flatten(review, self.order)
+            sequence, lead = torch.cat([front, sequence], 1), front.shape[1]
+        options: Any = {"lead": lead, "lead_first": first}
+        state = None
+        if return_state:
+            ma, state = layer(sequence, past, True, **options)
+        else:
+            ma = layer(sequence, **options)
+        frames, height, width = video.shape[1:4]
+        return unflatten(ma, (frames, height, width), self.order), state
 
     def _mixed(self, video: Tensor, ma: Tensor | None, te: Tensor | None) -> Tensor:
-        """[B, T·H·W, C]: ma in this layer's order, te [B, T, H, W, C]."""
-        branches = []
-        if ma is not None:
-            frames, height, width = video.shape[1:4]
-            branches.append(unflatten(ma, (frames, height, width), self.order))
-        if te is not None:
-            branches.append(te)
+        """[B, T·H·W, C]: ma and te [B, T, H, W, C]."""
+        branches = [y for y in (ma, te) if y is not None]
         if self.mix is not None:
             weights = 2 * self.mix(video).sigmoid()
             shares = weights.split(1, -1)[0 if ma is not None else 1 :]

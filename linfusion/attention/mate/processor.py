@@ -142,22 +142,35 @@ class Mixer(nn.Module):
         Args:
             x: what came into the layer, [B, T·H·W, C], frame by frame, row by row.
             te: the windowed attention after its output projection, [B, T·H·W, C].
-            grid: (T, H, W).
+            grid: (T, H, W), a `LocalGrid` where others have further rows.
 
         Returns:
             [B, T·H·W, C].
         """
         video = unflatten(x, grid, "thw")
-        sequence, lead = flatten(video, self.order), 0
+        review = None
         if self.mixture.review_placement != "none":
-            review = flatten(pool(video, self.mixture.review_pool), self.order)
-            sequence, lead = torch.cat([review, sequence], 1), review.shape[1]
-        scanned = self.ma(sequence, lead=lead, lead_first=self.mixture.review_placement == "both")
-        ma = unflatten(scanned, grid, self.order).flatten(1, 3)
+            review = pool(video, self.mixture.review_pool)
+        ma = self._scanned(video, review, getattr(grid, "shard", None)).flatten(1, 3)
         if self.mix is None:
             return te + ma
         to_ma, to_te = self.mix(x).split(1, -1)
         return te * (2 * to_te.sigmoid()) + ma * to_ma.tanh()
+
+    def _scanned(self, video: Tensor, review: Tensor | None, shard: Any) -> Tensor:
+        """The scan of [B, T, H, W, C] in this layer's order, after the review tokens if any."""
+        first = self.mixture.review_placement == "both"
+        if shard is not None:
+            rows = self.mixture.review_pool[1]
+            out: Tensor = shard.scan(self.ma, video, self.order, review, rows, lead_first=first)[0]
+            return out
+        sequence, lead = flatten(video, self.order), 0
+        if review is not None:
+            front = flatten(review, self.order)
+            sequence, lead = torch.cat([front, sequence], 1), front.shape[1]
+        scanned = self.ma(sequence, lead=lead, lead_first=first)
+        frames, height, width = video.shape[1:4]
+        return unflatten(scanned, (frames, height, width), self.order)
 
 
 class MATEProcessor(Processor):
@@ -215,6 +228,7 @@ class MATEProcessor(Processor):
             "MATE's scan cannot leave tokens out, so there can be no mask over the video",
         )
         self.refuse_context_parallelism()
+        shard = getattr(grid, "shard", None)
         joint = video_grid is not None
         if joint != (encoder_hidden_states is not None):
             got = "none" if encoder_hidden_states is None else "some"
@@ -245,11 +259,17 @@ class MATEProcessor(Processor):
             child.outside,
             context=(k[:, :text], v[:, :text]) if text else None,
             backend=self._attention_backend,
+            shard=shard,
         ).flatten(1, 3)
         out = attn.to_out[1](child(x, _projected_out(attn, seen), grid))
         if not joint:
             return out
-        text_out = _projected_out(attn, self.softmax(q[:, :text], k, v))
+        if shard is None:
+            text_out = self.softmax(q[:, :text], k, v)
+        else:
+            context = k[:, :text], v[:, :text]
+            text_out = shard.softmax(q[:, :text], context, (k[:, text:], v[:, text:]))
+        text_out = _projected_out(attn, text_out)
         return out, attn.to_out[1](text_out)
 
 

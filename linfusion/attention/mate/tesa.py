@@ -80,6 +80,7 @@ class TESA(nn.Module):
         past: Tensor | None = None,
         start: int | None = None,
         blocks: Sequence[int] | None = None,
+        shard: Any = None,
     ) -> Tensor:
         """Attend.
 
@@ -88,6 +89,7 @@ class TESA(nn.Module):
             past: frames that came before, [B, F, H, W, C], F at least `reach(start)`.
             start: how many frames came before. None: x is the whole video.
             blocks: frames of each block, T in all; with `start` alone. None: one block.
+            shard: `linfusion.parallel.Shard`, where x is rows of a video that others have more of.
 
         Returns:
             [B, T, H, W, C].
@@ -125,19 +127,23 @@ class TESA(nn.Module):
         )
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q), self.norm_k(k)
+        outside, crop = self.outside, _as_it_is
+        if shard is not None:
+            q, k, v, above, crop = shard.whole_windows(q, k, v, self.window[1], outside[1])
+            outside = outside[0], above, outside[2]
         time, *rest = (
-            _whole(size, window, outside)
-            for size, window, outside in zip(x.shape[1:4], self.window, self.outside, strict=True)
+            _whole(size, window, before)
+            for size, window, before in zip(q.shape[1:4], self.window, outside, strict=True)
         )
         if start is None:
-            return self.to_out[0](_attend(q, k, v, [time, *rest]).flatten(4))
+            return self.to_out[0](crop(_attend(q, k, v, [time, *rest])).flatten(4))
         parts, at = [], 0
         for size in (frames,) if blocks is None else blocks:
             time = _block(size, self.window[0], self.outside[0], start + at)
             here, keys = slice(at, at + size), slice(seen + at - time[0].before, seen + at + size)
             parts.append(_attend(q[:, here], k[:, keys], v[:, keys], [time, *rest]))
             at += size
-        return self.to_out[0](torch.cat(parts, 1).flatten(4))
+        return self.to_out[0](crop(torch.cat(parts, 1)).flatten(4))
 
     def reach(self, start: int) -> int:
         """Frames that a block sees of those before it, if its own first one is `start`."""
@@ -169,6 +175,7 @@ def attend_windows(
     *,
     context: tuple[Tensor, Tensor] | None = None,
     backend: Any = None,
+    shard: Any = None,
 ) -> Tensor:
     """Softmax attention inside the windows of a whole video.
 
@@ -178,15 +185,24 @@ def attend_windows(
         outside: as `outside_of` gives it.
         context: keys and values [B, M, heads, D] that every window sees besides its own.
         backend: of diffusers' `dispatch_attention_fn`.
+        shard: `linfusion.parallel.Shard`, where these are rows of a video that others have more of.
 
     Returns:
         [B, T, H, W, heads, D].
     """
+    crop = _as_it_is
+    if shard is not None:
+        q, k, v, above, crop = shard.whole_windows(q, k, v, window[1], outside[1])
+        outside = outside[0], above, outside[2]
     runs = [
         _whole(size, length, before)
         for size, length, before in zip(q.shape[1:4], window, outside, strict=True)
     ]
-    return _attend(q, k, v, runs, context, backend)
+    return crop(_attend(q, k, v, runs, context, backend))
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _attend(

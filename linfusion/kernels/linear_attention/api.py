@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from linfusion.kernels import library
+from linfusion.kernels.common import accumulator, check_device, check_tensor, implementation
 from linfusion.kernels.linear_attention import ops, reference
-from linfusion.kernels.linear_attention.common import FEATURE_MAPS, LinearState, accumulator
+from linfusion.kernels.linear_attention.common import FEATURE_MAPS, Choices, LinearState
 
 FeatureMap = str | Callable[[Tensor], Tensor]
 
-IMPLEMENTATIONS = ("reference", "blocked", "triton")
 HEAD_DIMS = (8, 576)  # what the Triton kernels are compiled and tested for
 
 
@@ -73,9 +72,9 @@ def linear_attention(
             key_weight=key_weight,
             impl=impl,
         )
-    feature_map_name = _check_choices(feature_map, normalizer, eps)
+    choices = _checked(feature_map, normalizer, eps)
     _check_keys(k, v)
-    _check_queries(q, heads=k.shape[2], batch=k.shape[0], against="k", device=k.device)
+    _check_queries(q, k, heads=k.shape[2], against="k")
     if q.shape[3] != k.shape[3]:
         raise ValueError(
             f"q, k: expected one head dimension, got {q.shape[3]} in q and {k.shape[3]} in k"
@@ -85,13 +84,10 @@ def linear_attention(
         q, k = _featurize(feature_map, q, "q", dtype), _featurize(feature_map, k, "k", dtype)
     key_weight = _key_weight(key_weight, k, dtype)
     impl = _implementation(impl, (q, k, v), key_weight)
-    norm = normalizer or "none"
     if impl == "reference":
-        kv, k_mean, count = reference.state_forward(
-            k.to(dtype), v.to(dtype), key_weight, feature_map_name
-        )
-        return reference.read_forward(q, kv, k_mean, feature_map_name, norm, eps, count, v.dtype)
-    return ops.linear_attention(q, k, v, key_weight, feature_map_name, norm, float(eps), impl)
+        state = reference.state_forward(k.to(dtype), v.to(dtype), key_weight, choices.feature_map)
+        return reference.read_forward(q, state, choices, v.dtype)
+    return ops.linear_attention(q, k, v, key_weight, choices, impl)
 
 
 def linear_state(
@@ -115,7 +111,7 @@ def linear_state(
     Raises:
         ValueError, ImportError: as `linear_attention`.
     """
-    feature_map_name = _check_choices(feature_map, "mean", 0.0)
+    name = _checked(feature_map, "mean", 0.0).feature_map
     _check_keys(k, v)
     dtype = accumulator(k, v)
     if callable(feature_map):
@@ -123,8 +119,8 @@ def linear_state(
     key_weight = _key_weight(key_weight, k, dtype)
     impl = _implementation(impl, (k, v), key_weight)
     if impl == "reference":
-        return LinearState(*reference.state_forward(k, v, key_weight, feature_map_name))
-    return LinearState(*ops.linear_state(k, v, key_weight, feature_map_name, impl))
+        return reference.state_forward(k, v, key_weight, name)
+    return ops.linear_state(k, v, key_weight, name, impl)
 
 
 def linear_read(
@@ -149,9 +145,9 @@ def linear_read(
     Raises:
         ValueError, ImportError: as `linear_attention`.
     """
-    feature_map_name = _check_choices(feature_map, normalizer, eps)
+    choices = _checked(feature_map, normalizer, eps)
     kv, k_mean, count = _check_state(state)
-    _check_queries(q, heads=kv.shape[1], batch=kv.shape[0], against="state.kv", device=kv.device)
+    _check_queries(q, kv, heads=kv.shape[1], against="state.kv")
     out_dtype = q.dtype
     if callable(feature_map):
         q = _featurize(feature_map, q, "q", accumulator(q, kv))
@@ -162,16 +158,14 @@ def linear_read(
     if accumulator(q) == torch.float64:
         kv, k_mean, count = kv.double(), k_mean.double(), count.double()
     impl = _implementation(impl, (q, kv), None)
-    norm = normalizer or "none"
+    state = LinearState(kv, k_mean, count)
     if impl == "reference":
-        return reference.read_forward(q, kv, k_mean, feature_map_name, norm, eps, count, out_dtype)
-    return ops.linear_read(
-        q, kv, k_mean, feature_map_name, norm, float(eps), count, out_dtype, impl
-    )
+        return reference.read_forward(q, state, choices, out_dtype)
+    return ops.linear_read(q, state, out_dtype, choices, impl)
 
 
-def _check_choices(feature_map: FeatureMap, normalizer: str | None, eps: float) -> str:
-    """The name the kernels know the feature map by."""
+def _checked(feature_map: FeatureMap, normalizer: str | None, eps: float) -> Choices:
+    """By the names that the kernels know; what a function has mapped is "identity" to them."""
     if not callable(feature_map) and feature_map not in FEATURE_MAPS:
         raise ValueError(
             f"feature_map: expected one of {FEATURE_MAPS} or a callable, got {feature_map!r}"
@@ -180,55 +174,37 @@ def _check_choices(feature_map: FeatureMap, normalizer: str | None, eps: float) 
         raise ValueError(f"normalizer: expected 'mean', 'sum' or None, got {normalizer!r}")
     if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
         raise ValueError(f"eps: expected a finite number of at least 0, got {eps!r}")
-    return "identity" if callable(feature_map) else feature_map
-
-
-def _check_tensor(x: Tensor, name: str, axes: str) -> None:
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name}: expected a tensor {axes}, got {type(x).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"{name}: expected 4 axes {axes}, got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(
-            f"{name}: expected a real floating dtype (float16, bfloat16, float32, float64), "
-            f"got {x.dtype}"
-        )
-    if x.numel() == 0:
-        raise ValueError(
-            f"{name}: expected every axis of {axes} to be at least 1, got shape {tuple(x.shape)}"
-        )
+    name = "identity" if callable(feature_map) else feature_map
+    return Choices(name, normalizer or "none", float(eps))
 
 
 def _check_keys(k: Tensor, v: Tensor) -> None:
-    _check_tensor(k, "k", "[B, M, H, D]")
-    _check_tensor(v, "v", "[B, M, H, E]")
+    check_tensor(k, "k", "[B, M, H, D]")
+    check_tensor(v, "v", "[B, M, H, E]")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(
             f"k, v: expected the same batch, tokens and heads, got {tuple(k.shape)} and "
             f"{tuple(v.shape)}"
         )
-    if k.device != v.device:
-        raise ValueError(f"v: expected the device of k, {k.device}, got {v.device}")
+    check_device(v, "v", k, "k")
 
 
-def _check_queries(
-    q: Tensor, *, heads: int, batch: int, against: str, device: torch.device
-) -> None:
-    _check_tensor(q, "q", "[B, N, H, D]")
+def _check_queries(q: Tensor, other: Tensor, *, heads: int, against: str) -> None:
+    check_tensor(q, "q", "[B, N, H, D]")
+    batch = other.shape[0]
     if q.shape[0] != batch or q.shape[2] != heads:
         raise ValueError(
             f"q: expected batch {batch} and {heads} heads as in {against}, got batch "
             f"{q.shape[0]} and {q.shape[2]} heads (shape {tuple(q.shape)})"
         )
-    if q.device != device:
-        raise ValueError(f"q: expected the device of {against}, {device}, got {q.device}")
+    check_device(q, "q", other, against)
 
 
 def _check_state(state: LinearState) -> LinearState:
     if not isinstance(state, tuple) or len(state) != 3:
         raise ValueError(f"state: expected a LinearState, got {type(state).__name__}")
     kv, k_mean, count = state
-    _check_tensor(kv, "state.kv", "[B, H, D, E]")
+    check_tensor(kv, "state.kv", "[B, H, D, E]")
     if k_mean.shape != kv.shape[:3] or count.shape != kv.shape[:1]:
         raise ValueError(
             f"state: expected k_mean {tuple(kv.shape[:3])} and count {tuple(kv.shape[:1])} beside "
@@ -237,8 +213,7 @@ def _check_state(state: LinearState) -> LinearState:
     for name, x in (("kv", kv), ("k_mean", k_mean), ("count", count)):
         if x.dtype != kv.dtype or x.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"state.{name}: expected float32 or float64 throughout, got {x.dtype}")
-        if x.device != kv.device:
-            raise ValueError(f"state.{name}: expected the device of kv, got {x.device}")
+        check_device(x, f"state.{name}", kv, "kv")
     return LinearState(kv, k_mean, count)
 
 
@@ -274,10 +249,7 @@ def _key_weight(key_weight: Tensor | None, k: Tensor, dtype: torch.dtype) -> Ten
             f"key_weight: expected shape ({batch}, {tokens}) or (1, {tokens}), got "
             f"{tuple(key_weight.shape)}"
         )
-    if key_weight.device != k.device:
-        raise ValueError(
-            f"key_weight: expected the device of k, {k.device}, got {key_weight.device}"
-        )
+    check_device(key_weight, "key_weight", k, "k")
     return key_weight.to(dtype).expand(batch, tokens)
 
 
@@ -285,31 +257,19 @@ def _implementation(
     impl: str | None, tensors: tuple[Tensor, ...], key_weight: Tensor | None
 ) -> str:
     learns_weight = key_weight is not None and key_weight.requires_grad and torch.is_grad_enabled()
-    # Head dimensions of every tensor but the state, whose D equals that of q.
-    dims = [t.shape[3] for t in tensors]
-    fits = all(HEAD_DIMS[0] <= d <= HEAD_DIMS[1] for d in dims)
-    double = accumulator(*tensors) == torch.float64
-    if impl is None:
-        if learns_weight:
-            return "reference"
-        on_gpu = tensors[0].device.type == "cuda"  # ROCm calls itself cuda too
-        return "triton" if on_gpu and library.HAS_TRITON and fits and not double else "blocked"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected None or one of {IMPLEMENTATIONS}, got {impl!r}")
+    if learns_weight and impl is None:
+        return "reference"
+
+    def unfit() -> str | None:
+        # Head dimensions of every tensor but the state, whose D equals that of q.
+        dims = [t.shape[3] for t in tensors]
+        if all(HEAD_DIMS[0] <= d <= HEAD_DIMS[1] for d in dims):
+            return None
+        return f"'triton' takes head dimensions from {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got {dims}"
+
+    impl = implementation(impl, tensors[0], accumulator(*tensors), unfit)
     if learns_weight and impl != "reference":
         raise ValueError(
             f"key_weight: impl={impl!r} has no gradient for it; detach it or use impl='reference'"
         )
-    if impl == "triton":
-        if double:
-            raise ValueError(
-                "impl: 'triton' takes float16, bfloat16 and float32, got float64; 'blocked' and "
-                "'reference' take it"
-            )
-        if not fits:
-            raise ValueError(
-                f"impl: 'triton' takes head dimensions from {HEAD_DIMS[0]} to {HEAD_DIMS[1]}, got "
-                f"{dims}; 'blocked' and 'reference' take any"
-            )
-        library.check_triton(tensors[0].device)
     return impl

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from linfusion.kernels.linear_attention.common import RELU_EPS, accumulator
+from linfusion.kernels.common import accumulator
+from linfusion.kernels.linear_attention.common import RELU_EPS, Choices, LinearState
 from linfusion.kernels.pages import empty_output
 
 # Elements of a block: 4 MB in float32, cached near the cores, and few enough calls. A short input
@@ -31,10 +32,8 @@ BF16_PRODUCTS = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 LOG2_E = 1 / math.log(2)
 
 
-def state_forward(
-    k: Tensor, v: Tensor, key_weight: Tensor | None, feature_map: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Means over the keys: φ(k)ᵀ v [B, H, D, E], φ(k) [B, H, D], and their count [B]."""
+def state_forward(k: Tensor, v: Tensor, key_weight: Tensor | None, feature_map: str) -> LinearState:
+    """Means over the keys."""
     dtype = accumulator(k, v)
     batch, tokens, heads, dim = k.shape
     kv = torch.zeros(batch, heads, dim, v.shape[3], dtype=dtype, device=k.device)
@@ -47,10 +46,12 @@ def state_forward(
         alone = k_run.shape[1] == tokens
         kv_part, k_part = (kv_b, k_b) if alone else (torch.zeros_like(kv_b), torch.zeros_like(k_b))
         for n in _slices(k_run.shape[1], size):
-            y = _phi(k_run[:, n], feature_map, *scratch)  # [b, H, n, D]
+            y, v_n = _phi(k_run[:, n], feature_map, *scratch), v_run[:, n]  # [b, H, n, D]
             if key_weight is not None:
-                y *= key_weight[b, run][:, None, n, None]
-            x = _heads_first(v_run[:, n], scratch[1])  # [bH, n, E]
+                w = key_weight[b, run][:, n]
+                y.mul_(w[:, None, :, None]).masked_fill_(w[:, None, :, None] == 0, 0)
+                v_n = v_n.masked_fill(w[..., None, None] == 0, 0)
+            x = _heads_first(v_n, scratch[1])  # [bH, n, E]
             y_chain, s = y.flatten(0, 1).transpose(1, 2), kv_part.flatten(0, 1)
             for m in _slices(x.shape[1], chain):
                 s.baddbmm_(y_chain[:, :, m], x[:, m])
@@ -60,23 +61,15 @@ def state_forward(
             k_b += k_part
     if key_weight is None:
         count = torch.full((batch,), tokens, dtype=dtype, device=k.device)
-        return kv.div_(tokens), k_sum.div_(tokens), count
+        return LinearState(kv.div_(tokens), k_sum.div_(tokens), count)
     count = key_weight.sum(1)
     scale = over(count)
-    return kv.mul_(scale[:, None, None, None]), k_sum.mul_(scale[:, None, None]), count
+    return LinearState(kv.mul_(scale[:, None, None, None]), k_sum.mul_(scale[:, None, None]), count)
 
 
-def read_forward(
-    q: Tensor,
-    kv: Tensor,
-    k_mean: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
-    count: Tensor,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def read_forward(q: Tensor, state: LinearState, choices: Choices, out_dtype: torch.dtype) -> Tensor:
     """What queries [B, N, H, D] read from a state: [B, N, H, E] in `out_dtype`."""
+    kv, k_mean, count = state
     o = empty_output((*q.shape[:3], kv.shape[3]), out_dtype, q.device)
     # Rounding both factors of the last product adds little to rounding o; S and z stay float32.
     narrow = out_dtype == torch.bfloat16 and q.device.type == "cpu" and BF16_PRODUCTS
@@ -87,11 +80,11 @@ def read_forward(
     for b, n in blocks(q, o):
         part = o[b, n]
         out = part.transpose(1, 2)  # [b, H, n, E]
-        y = _phi(q[b, n], feature_map, part.view(-1) if inside else features[0], spare)
-        if normalizer == "none":
+        y = _phi(q[b, n], choices.feature_map, part.view(-1) if inside else features[0], spare)
+        if choices.normalizer == "none":
             z = 1 / count[b, None, None, None]
         else:
-            z = _z(y, k_mean[b], normalizer, eps, count[b])
+            z = _z(y, k_mean[b], choices, count[b])
         if narrow and len(y) == 1:
             # Scaling the features instead of what they read leaves the product free to write o.
             x = spare.view(out_dtype)[: y.numel()].view(y.shape)
@@ -185,14 +178,14 @@ def over(count: Tensor) -> Tensor:
     return torch.where(count == 0, torch.zeros_like(count), 1 / count)
 
 
-def _z(y: Tensor, k_mean: Tensor, normalizer: str, eps: float, count: Tensor) -> Tensor:
+def _z(y: Tensor, k_mean: Tensor, choices: Choices, count: Tensor) -> Tensor:
     """φ(q)·m + eps as [b, H, n, 1], eps on the scale of the mean."""
     # A row against a transposed row is summed as a dot product: half the error of a column's, and
     # z scales all of o.
     z = torch.bmm(y.flatten(0, 1), k_mean.flatten(0, 1)[:, None].mT).view(*y.shape[:3], 1)
-    if normalizer == "mean":
-        return z.add_(eps)
-    return z.add_((eps / count)[:, None, None, None])
+    if choices.normalizer == "mean":
+        return z.add_(choices.eps)
+    return z.add_((choices.eps / count)[:, None, None, None])
 
 
 def _slope(y: Tensor, feature_map: str) -> Tensor | float:
@@ -205,34 +198,28 @@ def _slope(y: Tensor, feature_map: str) -> Tensor | float:
 
 
 def read_backward(
-    do: Tensor,
-    q: Tensor,
-    kv: Tensor,
-    k_mean: Tensor,
-    count: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
+    do: Tensor, q: Tensor, state: LinearState, choices: Choices
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a read: dq as q, dkv as kv, dk_mean as k_mean."""
+    kv, k_mean, count = state
     dq = empty_output(q.shape, q.dtype, q.device)
     dkv, dk_mean = torch.zeros_like(kv), torch.zeros_like(k_mean)
     features, spare = _scratch(kv.dtype, q, do)
     for b, n in blocks(q, do):
-        y = _phi(q[b, n], feature_map, features, spare)  # [b, H, n, D]
+        y = _phi(q[b, n], choices.feature_map, features, spare)  # [b, H, n, D]
         x = do[b, n].transpose(1, 2).to(kv.dtype)  # [b, H, n, E]
-        if normalizer == "none":
+        if choices.normalizer == "none":
             x = x * count[b, None, None, None]
             g = x @ kv[b].transpose(2, 3)  # [b, H, n, D]
         else:
-            over_z = _z(y, k_mean[b], normalizer, eps, count[b]).reciprocal_()
+            over_z = _z(y, k_mean[b], choices, count[b]).reciprocal_()
             x = x * over_z
             g = x @ kv[b].transpose(2, 3)
             delta = (y * g).sum(-1, keepdim=True).mul_(over_z).neg_()  # dL/dz = -φ(q)·g/z²
             g += delta * k_mean[b, :, None]
             dk_mean[b] += (delta * y).sum(2)
         dkv[b] += y.transpose(2, 3) @ x
-        dq[b, n] = g.mul_(_slope(y, feature_map)).transpose(1, 2)
+        dq[b, n] = g.mul_(_slope(y, choices.feature_map)).transpose(1, 2)
     return dq, dkv, dk_mean
 
 
@@ -255,10 +242,13 @@ def state_backward(
     for b, n in blocks(k, v):
         y = _phi(k[b, n], feature_map, features, spare)  # [b, H, n, D]
         x = v[b, n].transpose(1, 2).to(dkv.dtype)  # [b, H, n, E]
+        if key_weight is not None:
+            w = key_weight[b, None, n, None]
+            y.masked_fill_(w == 0, 0)
+            x = x.masked_fill(w == 0, 0)
         g = (x @ dkv[b].transpose(2, 3)).add_(dk_mean[b, :, None])
         x = y @ dkv[b]
         if key_weight is not None:
-            w = key_weight[b, None, n, None]
             g *= w
             x *= w
         dk[b, n] = g.mul_(_slope(y, feature_map)).transpose(1, 2)
@@ -272,14 +262,10 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     key_weight: Tensor | None,
-    kv: Tensor,
-    k_mean: Tensor,
-    count: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
+    state: LinearState,
+    choices: Choices,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the whole: dq, dk, dv as q, k, v. Neither o nor z was saved."""
-    dq, dkv, dk_mean = read_backward(do, q, kv, k_mean, count, feature_map, normalizer, eps)
-    dk, dv = state_backward(dkv, dk_mean, k, v, key_weight, count, feature_map)
+    dq, dkv, dk_mean = read_backward(do, q, state, choices)
+    dk, dv = state_backward(dkv, dk_mean, k, v, key_weight, state.count, choices.feature_map)
     return dq, dk, dv

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from linfusion.kernels.linear_attention.blocked import BF16_PRODUCTS, block_numel, blocks
-from linfusion.kernels.linear_attention.common import RELU_EPS
+from linfusion.kernels.linear_attention.common import RELU_EPS, Choices, LinearState
 from linfusion.kernels.pages import empty_output
 
 
@@ -22,8 +22,8 @@ def applies(q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None) -> bool:
     return BF16_PRODUCTS and bf16 and key_weight is None
 
 
-def state_forward(k: Tensor, v: Tensor, feature_map: str) -> tuple[Tensor, Tensor, Tensor]:
-    """As `blocked.state_forward`, without weights: φ(k)ᵀ v, φ(k) and their count, float32."""
+def state_forward(k: Tensor, v: Tensor, feature_map: str) -> LinearState:
+    """As `blocked.state_forward`, without weights."""
     batch, tokens, heads, dim = k.shape
     width = v.shape[3]
     # A column of ones beside the values sums φ(k) in the same product; 8 keep rows aligned.
@@ -43,19 +43,13 @@ def state_forward(k: Tensor, v: Tensor, feature_map: str) -> tuple[Tensor, Tenso
         total[b] += torch.bmm(y.mT, x.flatten(0, 1)).view(-1, heads, dim, width + 8)
     total /= tokens
     count = k.new_full((batch,), tokens, dtype=torch.float32)
-    return total[..., :width].contiguous(), total[..., width].contiguous(), count
+    return LinearState(total[..., :width].contiguous(), total[..., width].contiguous(), count)
 
 
-def read_forward(
-    q: Tensor,
-    kv: Tensor,
-    k_mean: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
-    count: Tensor,
-) -> Tensor:
+def read_forward(q: Tensor, state: LinearState, choices: Choices) -> Tensor:
     """As `blocked.read_forward`: what queries [B, N, H, D] read from a state, [B, N, H, E]."""
+    kv, k_mean, count = state
+    feature_map, normalizer, eps = choices
     o = empty_output((*q.shape[:3], kv.shape[3]), q.dtype, q.device)
     # Sums over a power of two, not means: what was rounded to add up is not rounded again.
     count = count[:, None, None, None]

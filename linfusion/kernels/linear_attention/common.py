@@ -1,4 +1,4 @@
-"""What every implementation means by a state and by an accumulator."""
+"""What every implementation means by a state, and by reading one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ RELU_EPS = 1e-6  # what "relu_eps" adds; the Triton kernels have it as a literal
 NORMALIZERS = ("mean", "sum", "none")
 
 
-def accumulator(*tensors: Tensor) -> torch.dtype:
-    """The dtype of sums and states: float64 if any input is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+class Choices(NamedTuple):
+    """How a state is read.
+
+    Attributes:
+        feature_map: of `FEATURE_MAPS`.
+        normalizer: of `NORMALIZERS`.
+        eps: added to the denominator.
+    """
+
+    feature_map: str
+    normalizer: str
+    eps: float
 
 
 class LinearState(NamedTuple):

@@ -1,4 +1,4 @@
-"""Linear attention as `torch.library` operators: fakes, gradients and vmap, one boundary a call.
+"""Linear attention as `torch.library` operators: fakes and gradients, one boundary a call.
 
 Importing this file needs torch alone. The kernels behind `impl` are imported at the first call, so
 `torch.compile(fullgraph=True)` sees one opaque node and a machine without triton loses nothing.
@@ -13,76 +13,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.library import LIBRARY, register
-from linfusion.kernels.linear_attention.common import accumulator
+from linfusion.kernels.linear_attention.common import Choices, LinearState
 
-# kv, k_mean and count are what the backward pass needs beside the inputs.
+_STATE = "Tensor kv, Tensor k_mean, Tensor count"
+_CHOICES = "str feature_map, str normalizer, float eps, str impl"
+
+# The state is what the backward pass needs beside the inputs.
 LIBRARY.define(
-    "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? key_weight, str feature_map, "
-    "str normalizer, float eps, str impl) -> (Tensor o, Tensor kv, Tensor k_mean, Tensor count)"
+    f"linear_attention(Tensor q, Tensor k, Tensor v, Tensor? key_weight, {_CHOICES}) "
+    f"-> (Tensor o, {_STATE})"
 )
 LIBRARY.define(
+    f"linear_state(Tensor k, Tensor v, Tensor? key_weight, str feature_map, str impl) -> ({_STATE})"
+)
+LIBRARY.define(f"linear_read(Tensor q, {_STATE}, ScalarType out_dtype, {_CHOICES}) -> Tensor")
+LIBRARY.define(
     "linear_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? key_weight, "
-    "Tensor kv, Tensor k_mean, Tensor count, str feature_map, str normalizer, float eps, "
-    "str impl) -> (Tensor dq, Tensor dk, Tensor dv)"
+    f"{_STATE}, {_CHOICES}) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
 LIBRARY.define(
     "linear_state_backward(Tensor dkv, Tensor dk_mean, Tensor k, Tensor v, Tensor? key_weight, "
     "Tensor count, str feature_map, str impl) -> (Tensor dk, Tensor dv)"
 )
 LIBRARY.define(
-    "linear_read_backward(Tensor do, Tensor q, Tensor kv, Tensor k_mean, Tensor count, "
-    "str feature_map, str normalizer, float eps, str impl) "
+    f"linear_read_backward(Tensor do, Tensor q, {_STATE}, {_CHOICES}) "
     "-> (Tensor dq, Tensor dkv, Tensor dk_mean)"
-)
-LIBRARY.define(
-    "linear_state(Tensor k, Tensor v, Tensor? key_weight, str feature_map, str impl) "
-    "-> (Tensor kv, Tensor k_mean, Tensor count)"
-)
-LIBRARY.define(
-    "linear_read(Tensor q, Tensor kv, Tensor k_mean, str feature_map, str normalizer, float eps, "
-    "Tensor count, ScalarType out_dtype, str impl) -> Tensor"
 )
 
 
 def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_weight: Tensor | None,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
-    impl: str,
+    q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, choices: Choices, impl: str
 ) -> Tensor:
     """The registered operator, without the state it keeps for its backward."""
-    return torch.ops.linfusion.linear_attention(
-        q, k, v, key_weight, feature_map, normalizer, eps, impl
-    )[0]
+    return torch.ops.linfusion.linear_attention(q, k, v, key_weight, *choices, impl)[0]
 
 
 def linear_state(
     k: Tensor, v: Tensor, key_weight: Tensor | None, feature_map: str, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The registered operator; [B, H, D, E], [B, H, D] and [B]."""
-    return torch.ops.linfusion.linear_state(k, v, key_weight, feature_map, impl)
+) -> LinearState:
+    """The registered operator."""
+    return LinearState(*torch.ops.linfusion.linear_state(k, v, key_weight, feature_map, impl))
 
 
 def linear_read(
-    q: Tensor,
-    kv: Tensor,
-    k_mean: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
-    count: Tensor,
-    out_dtype: torch.dtype,
-    impl: str,
+    q: Tensor, state: LinearState, out_dtype: torch.dtype, choices: Choices, impl: str
 ) -> Tensor:
     """The registered operator; [B, N, H, E] in `out_dtype`."""
-    return torch.ops.linfusion.linear_read(
-        q, kv, k_mean, feature_map, normalizer, eps, count, out_dtype, impl
-    )
+    return torch.ops.linfusion.linear_read(q, *state, out_dtype, *choices, impl)
 
 
 def _kernels(impl: str) -> ModuleType:
@@ -90,101 +69,53 @@ def _kernels(impl: str) -> ModuleType:
 
 
 def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_weight: Tensor | None,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
-    impl: str,
+    q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels = _kernels(impl)
+    *rest, impl = args
+    choices, kernels = Choices(*rest), _kernels(impl)
     if impl == "blocked" and (bf16 := _kernels("blocked_bf16")).applies(q, k, v, key_weight):
-        state = bf16.state_forward(k, v, feature_map)
-        return bf16.read_forward(q, *state[:2], feature_map, normalizer, eps, state[2]), *state
-    kv, k_mean, count = kernels.state_forward(k, v, key_weight, feature_map)
-    o = kernels.read_forward(q, kv, k_mean, feature_map, normalizer, eps, count, v.dtype)
-    return o, kv, k_mean, count
+        state = bf16.state_forward(k, v, choices.feature_map)
+        return bf16.read_forward(q, state, choices), *state
+    state = kernels.state_forward(k, v, key_weight, choices.feature_map)
+    return kernels.read_forward(q, state, choices, v.dtype), *state
 
 
 def _attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_weight: Tensor | None,
-    kv: Tensor,
-    k_mean: Tensor,
-    count: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
-    impl: str,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, key_weight: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = _kernels(impl)
+    *rest, impl = args
+    state, choices, kernels = LinearState(*rest[:3]), Choices(*rest[3:]), _kernels(impl)
     if impl == "blocked" and _kernels("blocked_bf16").applies(q, k, v, key_weight):
-        kv, k_mean, count = kernels.state_forward(k, v, key_weight, feature_map)
-    return kernels.attention_backward(
-        do, q, k, v, key_weight, kv, k_mean, count, feature_map, normalizer, eps
-    )
+        state = kernels.state_forward(k, v, key_weight, choices.feature_map)
+    return kernels.attention_backward(do, q, k, v, key_weight, state, choices)
 
 
 def _state(
     k: Tensor, v: Tensor, key_weight: Tensor | None, feature_map: str, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(impl).state_forward(k, v, key_weight, feature_map)
+) -> tuple[Tensor, ...]:
+    return tuple(_kernels(impl).state_forward(k, v, key_weight, feature_map))
 
 
-def _read(
-    q: Tensor,
-    kv: Tensor,
-    k_mean: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
-    count: Tensor,
-    out_dtype: torch.dtype,
-    impl: str,
-) -> Tensor:
-    return _kernels(impl).read_forward(
-        q, kv, k_mean, feature_map, normalizer, eps, count, out_dtype
-    )
+def _state_backward(dkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *rest, impl = args
+    return _kernels(impl).state_backward(dkv, *rest)
 
 
-def _state_backward(
-    dkv: Tensor,
-    dk_mean: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_weight: Tensor | None,
-    count: Tensor,
-    feature_map: str,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    return _kernels(impl).state_backward(dkv, dk_mean, k, v, key_weight, count, feature_map)
+def _read(q: Tensor, *args: Any) -> Tensor:
+    *state, out_dtype, feature_map, normalizer, eps, impl = args
+    choices = Choices(feature_map, normalizer, eps)
+    return _kernels(impl).read_forward(q, LinearState(*state), choices, out_dtype)
 
 
-def _read_backward(
-    do: Tensor,
-    q: Tensor,
-    kv: Tensor,
-    k_mean: Tensor,
-    count: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _kernels(impl).read_backward(do, q, kv, k_mean, count, feature_map, normalizer, eps)
+def _read_backward(do: Tensor, q: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rest, impl = args
+    return _kernels(impl).read_backward(do, q, LinearState(*rest[:3]), Choices(*rest[3:]))
 
 
 # Fakes: shapes, dtypes and strides of what the kernels return.
 
 
-def _state_fake(
-    k: Tensor, v: Tensor, key_weight: Tensor | None, feature_map: str, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _state_fake(k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, _, heads, dim = k.shape
     dtype = accumulator(k, v)
     return (
@@ -195,30 +126,15 @@ def _state_fake(
 
 
 def _read_fake(
-    q: Tensor,
-    kv: Tensor,
-    k_mean: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
-    count: Tensor,
-    out_dtype: torch.dtype,
-    impl: str,
+    q: Tensor, kv: Tensor, k_mean: Tensor, count: Tensor, out_dtype: torch.dtype, *_: Any
 ) -> Tensor:
     return q.new_empty(*q.shape[:3], kv.shape[3], dtype=out_dtype)
 
 
 def _attention_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_weight: Tensor | None,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
-    impl: str,
+    q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return v.new_empty(*q.shape[:3], v.shape[3]), *_state_fake(k, v, key_weight, feature_map, impl)
+    return v.new_empty(*q.shape[:3], v.shape[3]), *_state_fake(k, v)
 
 
 def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -226,19 +142,19 @@ def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _attention_backward_fake(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
     return _empty_like(q, k, v)
 
 
 def _state_backward_fake(
-    dkv: Tensor, dk_mean: Tensor, k: Tensor, v: Tensor, *rest: Any
+    dkv: Tensor, dk_mean: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
     return _empty_like(k, v)
 
 
 def _read_backward_fake(
-    do: Tensor, q: Tensor, kv: Tensor, k_mean: Tensor, *rest: Any
+    do: Tensor, q: Tensor, kv: Tensor, k_mean: Tensor, *_: Any
 ) -> tuple[Tensor, ...]:
     return _empty_like(q, kv, k_mean)
 
@@ -273,8 +189,7 @@ def _state_grad(ctx: Any, dkv: Tensor, dk_mean: Tensor, _: Tensor) -> tuple[Tens
 
 
 def _read_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, kv, k_mean, feature_map, normalizer, eps, count, _, impl = inputs
-    ctx.choices = (feature_map, normalizer, eps, impl)
+    q, kv, k_mean, count, _, *ctx.choices = inputs
     ctx.save_for_backward(q, kv, k_mean, count)
 
 

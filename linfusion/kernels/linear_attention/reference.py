@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.library import without_autocast
-from linfusion.kernels.linear_attention.common import RELU_EPS, accumulator
+from linfusion.kernels.linear_attention.common import RELU_EPS, Choices, LinearState
 
 
 def phi(x: Tensor, feature_map: str) -> Tensor:
@@ -23,11 +24,12 @@ def phi(x: Tensor, feature_map: str) -> Tensor:
     return x.relu() if feature_map == "relu" else x
 
 
-def state_forward(
-    k: Tensor, v: Tensor, key_weight: Tensor | None, feature_map: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Means over the keys: φ(k)ᵀ v [B, H, D, E], φ(k) [B, H, D], and their count [B]."""
+def state_forward(k: Tensor, v: Tensor, key_weight: Tensor | None, feature_map: str) -> LinearState:
+    """Means over the keys."""
     dtype = accumulator(k, v)
+    if key_weight is not None:  # what is masked may be anything, but 0 times NaN is NaN
+        masked = (key_weight == 0)[:, :, None, None]
+        k, v = (x.masked_fill(masked & ~x.isfinite(), 0) for x in (k, v))
     k, v = phi(k.to(dtype), feature_map), v.to(dtype)
     if key_weight is None:
         count = torch.full((k.shape[0],), k.shape[1], dtype=dtype, device=k.device)
@@ -38,29 +40,21 @@ def state_forward(
     divisor = torch.where(count == 0, torch.ones_like(count), count)  # no key left: zeros, not 0/0
     with without_autocast(k.device):
         kv = torch.einsum("bmhd,bmhe->bhde", k, v) / divisor[:, None, None, None]
-    return kv, k.sum(1) / divisor[:, None, None], count
+    return LinearState(kv, k.sum(1) / divisor[:, None, None], count)
 
 
-def read_forward(
-    q: Tensor,
-    kv: Tensor,
-    k_mean: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
-    count: Tensor,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def read_forward(q: Tensor, state: LinearState, choices: Choices, out_dtype: torch.dtype) -> Tensor:
     """What queries [B, N, H, D] read from a state: [B, N, H, E] in `out_dtype`."""
-    q = phi(q.to(kv.dtype), feature_map)
+    kv, k_mean, count = state
+    q = phi(q.to(kv.dtype), choices.feature_map)
     with without_autocast(q.device):
         o = torch.einsum("bnhd,bhde->bnhe", q, kv)
         z = torch.einsum("bnhd,bhd->bnh", q, k_mean)[..., None]
     count = count[:, None, None, None]
-    if normalizer == "mean":
-        o = o / (z + eps)
-    elif normalizer == "sum":
-        o = o * count / (z * count + eps)
+    if choices.normalizer == "mean":
+        o = o / (z + choices.eps)
+    elif choices.normalizer == "sum":
+        o = o * count / (z * count + choices.eps)
     else:
         o = o * count
     # The strides of an einsum are the contraction's business; every implementation gives these.

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linfusion.kernels.launch import DOT, Launch, Target, named, rows, strides_of, target_of
+from linfusion.kernels.linear_attention.common import Choices, LinearState
 from linfusion.kernels.linear_attention.triton_backward import (
     linear_bwd_kv,
     linear_bwd_q,
@@ -57,7 +58,7 @@ def state_forward(
     *,
     splits: int | None = None,
     target: Target | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> LinearState:
     """The state of the keys and values: means over the tokens of φ(k)ᵀ v and of φ(k).
 
     Bitwise reproducible for a given shape, GPU and `splits`.
@@ -69,28 +70,22 @@ def state_forward(
         feature_map: "elu1", "relu", "relu_eps" or "identity".
         splits: programs that share the tokens of one head; None decides from the shape.
 
-    Returns:
-        kv [B, H, D, Dv], k_mean [B, H, D] and count [B] (the sum of the weights), float32.
     """
     target = target or target_of(k)
     batch, tokens = k.shape[:2]
     if key_weight is None:
         count = torch.full((batch,), tokens, dtype=torch.float32, device=k.device)
-        return *_state(k, v, None, count, "mean", feature_map, splits, target), count
+        return LinearState(*_state(k, v, None, count, "mean", feature_map, splits, target), count)
     weight = _key_weight(key_weight, batch, tokens)
     count = weight.sum(1)
     weights = (weight, weight, tokens, 0)
-    return *_state(k, v, weights, count, "mean", feature_map, splits, target), count
+    return LinearState(*_state(k, v, weights, count, "mean", feature_map, splits, target), count)
 
 
 def read_forward(
     q: Tensor,
-    kv: Tensor,
-    k_mean: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
-    count: Tensor,
+    state: LinearState,
+    choices: Choices,
     out_dtype: torch.dtype,
     *,
     target: Target | None = None,
@@ -99,17 +94,16 @@ def read_forward(
 
     Args:
         q: [B, N, H, D].
-        kv, k_mean, count: what `state_forward` returns.
-        normalizer: "mean"; "sum", where S, m are sums and ε is on their scale; "none", where
-            the output is φ(q)·S with S a sum.
-        eps: added to the denominator.
+        state: what `state_forward` returns.
+        choices: with the normaliser "sum", S, m are sums and ε is on their scale; with "none", the
+            output is φ(q)·S with S a sum.
         out_dtype: of the result.
 
     Returns:
         [B, N, H, Dv], contiguous.
     """
     target = target or target_of(q)
-    q, kv, k_mean, count = rows(q), kv.contiguous(), k_mean.contiguous(), count.contiguous()
+    q, (kv, k_mean, count) = rows(q), _contiguous(state)
     batch, tokens, heads, d = q.shape
     dv = kv.shape[-1]
     o = torch.empty(batch, tokens, heads, dv, dtype=out_dtype, device=q.device)
@@ -121,11 +115,11 @@ def read_forward(
         batch * heads * triton.cdiv(tokens, tile.tokens),
         tile,
         {"Q": q, "KV": kv, "K_MEAN": k_mean, "COUNT": count, "OUT": o}
-        | {"tokens": tokens, "heads": heads, "eps": float(eps)}
+        | {"tokens": tokens, "heads": heads, "eps": float(choices.eps)}
         | named("q", q_strides)
         | named("o", o_strides)
-        | _constants(d, dv, tile, feature_map, align, target, q)
-        | {"NORMALIZER": normalizer},
+        | _constants(d, dv, tile, choices.feature_map, align, target, q)
+        | {"NORMALIZER": choices.normalizer},
     )
     return o
 
@@ -136,17 +130,13 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     key_weight: Tensor | None,
-    kv: Tensor,
-    k_mean: Tensor,
-    count: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
+    state: LinearState,
+    choices: Choices,
     *,
     splits: int | None = None,
     target: Target | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `read_forward(q, *state_forward(k, v))` (equations: `triton_backward`).
+    """Gradients of `read_forward(q, state_forward(k, v))` (equations: `triton_backward`).
 
     Args:
         do: gradient of the output, [B, N, H, Dv].
@@ -154,22 +144,18 @@ def attention_backward(
     Returns:
         dq, dk and dv, in the dtypes of q, k and v.
     """
-    dq, dkv, dk_mean = read_backward(
-        do, q, kv, k_mean, count, feature_map, normalizer, eps, splits=splits, target=target
+    dq, dkv, dk_mean = read_backward(do, q, state, choices, splits=splits, target=target)
+    dk, dv = state_backward(
+        dkv, dk_mean, k, v, key_weight, state.count, choices.feature_map, target=target
     )
-    dk, dv = state_backward(dkv, dk_mean, k, v, key_weight, count, feature_map, target=target)
     return dq, dk, dv
 
 
 def read_backward(
     do: Tensor,
     q: Tensor,
-    kv: Tensor,
-    k_mean: Tensor,
-    count: Tensor,
-    feature_map: str,
-    normalizer: str,
-    eps: float,
+    state: LinearState,
+    choices: Choices,
     *,
     splits: int | None = None,
     target: Target | None = None,
@@ -180,7 +166,8 @@ def read_backward(
     """
     target = target or target_of(q)
     do, q = rows(do), rows(q)
-    kv, k_mean, count = kv.contiguous(), k_mean.contiguous(), count.contiguous()
+    kv, k_mean, count = _contiguous(state)
+    feature_map, normalizer, eps = choices
     batch, tokens, heads, d = q.shape
     dv = do.shape[-1]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -342,6 +329,10 @@ def _constants(
         "PRECISION": "tf32x3" if target.vendor == "cuda" else "ieee",
         "ALIGN": align,
     }
+
+
+def _contiguous(state: LinearState) -> LinearState:
+    return LinearState(*(x.contiguous() for x in state))
 
 
 def _key_weight(key_weight: Tensor, batch: int, tokens: int) -> Tensor:

@@ -349,6 +349,8 @@ def linear_bwd_kv(
         k = phi(tl.load(K + d[None, :], mask=k_mask, other=0.0).to(tl.float32), PHI)  # [BN, BD]
         dm = tl.load(DK_MEAN + d, mask=d < D, other=0.0)  # [BD]
         dk = (dk + (dm * scale)[None, :]) * w[:, None] * phi_slope(k, PHI)
+        if WEIGHTED:
+            dk = tl.where(w[:, None] == 0, 0.0, dk)
         tl.store(DK + d[None, :], dk.to(DK.dtype.element_ty), mask=k_mask)
 
     for e_start in range(0, DV, BE):
@@ -365,6 +367,8 @@ def linear_bwd_kv(
             )  # [BD, BE]
             dv = tl.dot(k.to(DOT), (ds * scale).to(DOT), dv, input_precision=PRECISION)
         dv *= w[:, None]
+        if WEIGHTED:
+            dv = tl.where(w[:, None] == 0, 0.0, dv)
         tl.store(
             DV_OUT + e[None, :],
             dv.to(DV_OUT.dtype.element_ty),

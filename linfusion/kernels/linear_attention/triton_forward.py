@@ -115,8 +115,12 @@ def linear_state_fwd(
         # never stored.
         k = tl.where(inside[:, None], phi(k, PHI), 0.0)
         if WEIGHTED:
-            k_sum += tl.sum(k * tl.load(W_K + n, mask=inside, other=0.0)[:, None], 0)
-            k *= tl.load(W_KV + n, mask=inside, other=0.0)[:, None]
+            w_k = tl.load(W_K + n, mask=inside, other=0.0)[:, None]
+            w_kv = tl.load(W_KV + n, mask=inside, other=0.0)[:, None]
+            # What is masked may be anything, also NaN.
+            k_sum += tl.sum(tl.where(w_k == 0, 0.0, k * w_k), 0)
+            k = tl.where(w_kv == 0, 0.0, k * w_kv)
+            v = tl.where(w_kv == 0, 0.0, v)
         else:
             k_sum += tl.sum(k, 0)
         kv = tl.dot(tl.trans(k.to(DOT)), v.to(DOT), kv, input_precision=PRECISION)

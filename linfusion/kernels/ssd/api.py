@@ -7,21 +7,20 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.library import without_autocast
 from linfusion.kernels.ssd import ops, reference
 from linfusion.kernels.ssd.arguments import (
     check_bool,
     check_count,
     check_inputs,
-    check_seq_idx,
     check_states,
     checked_limit,
-    gated,
     implementation_for,
     skip_of,
     steps_of,
 )
-from linfusion.kernels.ssd.common import accumulator, segments
+from linfusion.kernels.ssd.common import Choices
 
 Pair = tuple[Tensor, Tensor]
 
@@ -36,12 +35,10 @@ def ssd_scan(
     *,
     chunk_size: int,
     D: Tensor | None = ...,
-    z: Tensor | None = ...,
     dt_bias: Tensor | None = ...,
     dt_softplus: bool = ...,
     dt_limit: tuple[float, float] = ...,
     initial_states: Tensor | None = ...,
-    seq_idx: Tensor | None = ...,
     return_final_states: Literal[False] = ...,
     reverse: bool = ...,
     impl: str | None = ...,
@@ -58,12 +55,10 @@ def ssd_scan(
     *,
     chunk_size: int,
     D: Tensor | None = ...,
-    z: Tensor | None = ...,
     dt_bias: Tensor | None = ...,
     dt_softplus: bool = ...,
     dt_limit: tuple[float, float] = ...,
     initial_states: Tensor | None = ...,
-    seq_idx: Tensor | None = ...,
     return_final_states: Literal[True],
     reverse: bool = ...,
     impl: str | None = ...,
@@ -79,19 +74,17 @@ def ssd_scan(
     *,
     chunk_size: int,
     D: Tensor | None = None,
-    z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     initial_states: Tensor | None = None,
-    seq_idx: Tensor | None = None,
     return_final_states: bool = False,
     reverse: bool = False,
     impl: str | None = None,
 ) -> Tensor | Pair:
     """The selective state-space scan of Mamba-2 (Dao & Gu 2024, Transformers are SSMs, eq. 2).
 
-    h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ,  y_t = (h_t C_t + D x_t) · silu(z_t),
+    h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ,  y_t = h_t C_t + D x_t,
     Δ = clamp(softplus(dt + dt_bias), dt_limit)
 
     Head h reads group h // (H / G) of B and C. States, decays and sums are float32 (float64 for
@@ -106,13 +99,10 @@ def ssd_scan(
             and rounding, nothing else; "blocked" takes no chunk above 64, "triton" a power of two
             from 16 to 256.
         D: of the skip connection, [H] or [H, P].
-        z: gate, [B, L, H, P].
         dt_bias: added to dt, [H].
         dt_softplus: whether Δ is the softplus of dt + dt_bias, or that itself.
         dt_limit: smallest and largest Δ; the smallest is finite and at least 0.
         initial_states: before the first token that is scanned, [B, H, P, N].
-        seq_idx: which of the sequences packed in a row a token is of, integers [B, L]. The state
-            is reset where it changes; the initial state is that of index 0.
         return_final_states: also return the state after the last token that is scanned.
         reverse: scan from the last token to the first.
         impl: "reference" (the recurrence), "blocked" (chunks, any device) or "triton" (on a GPU; P
@@ -128,13 +118,11 @@ def ssd_scan(
             it, what came and what is accepted.
         ImportError: impl="triton" without triton.
     """
-    check_inputs(x, dt, A, B, C, D, z, dt_bias, ("B", "L"))
+    check_inputs(x, dt, A, B, C, D, dt_bias, ("B", "L"))
     limit = checked_limit(dt_limit)
     check_count(chunk_size)
     if initial_states is not None:
         check_states(initial_states, "initial_states", x, B)
-    if seq_idx is not None:
-        check_seq_idx(seq_idx, x)
     for value, name in (
         (dt_softplus, "dt_softplus"),
         (return_final_states, "return_final_states"),
@@ -147,13 +135,12 @@ def ssd_scan(
     with without_autocast(x.device):
         step = steps_of(dt, dt_bias, dt_softplus, limit, dtype)
         skip = None if D is None else skip_of(D, x).expand(x.shape[0], *x.shape[2:])
-        seg = None if seq_idx is None else segments(seq_idx, reverse)
-        args = (x, step, step * A.to(dtype), B, C, skip, initial_states, seg)
+        args = (x, step, step * A.to(dtype), B, C, skip, initial_states)
+        choices = Choices(chunk_size, reverse)
         if impl == "reference":
-            y, final = reference.scan(*args, reverse)
+            y, final = reference.scan(*args, choices)
         else:
-            y, final = ops.ssd_scan(*args, chunk_size, reverse, impl)
-        y = y if z is None else gated(y, z, dtype)
+            y, final = ops.ssd_scan(*args, choices, impl)
     return (y, final) if return_final_states else y
 
 
@@ -166,7 +153,6 @@ def ssd_step(
     states: Tensor,
     *,
     D: Tensor | None = None,
-    z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
@@ -180,7 +166,6 @@ def ssd_step(
         B, C: [B, G, N]; G divides H.
         states: before the token, [B, H, P, N].
         D, dt_bias, dt_softplus, dt_limit: as for `ssd_scan`.
-        z: gate, [B, H, P].
 
     Returns:
         (y, h): y [B, H, P] in the dtype of x, and the state after the token [B, H, P, N], float32
@@ -190,7 +175,7 @@ def ssd_step(
         ValueError: an argument has a wrong rank, shape, dtype, device or value; the message names
             it, what came and what is accepted.
     """
-    check_inputs(x, dt, A, B, C, D, z, dt_bias, ("B",))
+    check_inputs(x, dt, A, B, C, D, dt_bias, ("B",))
     limit = checked_limit(dt_limit)
     check_states(states, "states", x, B)
     check_bool(dt_softplus, "dt_softplus")
@@ -205,6 +190,4 @@ def ssd_step(
         y = (h @ q[..., None])[..., 0]
         if D is not None:
             y = y + skip_of(D, x).to(dtype) * x_
-        if z is not None:
-            y = gated(y, z, dtype)
         return y.to(x.dtype), h

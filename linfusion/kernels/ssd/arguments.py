@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linfusion.kernels import library
+from linfusion.kernels.common import check_device, check_tensor, implementation
 
-IMPLEMENTATIONS = ("reference", "blocked", "triton")
 WIDEST = 128  # channels of a head and features of a state that the Triton kernels take
 
 
@@ -34,32 +33,9 @@ def skip_of(D: Tensor, x: Tensor) -> Tensor:
     return D if D.dim() == 2 else D[:, None].expand(x.shape[-2:])
 
 
-def gated(y: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
-    return (y.to(dtype) * F.silu(z.to(dtype))).to(y.dtype)
-
-
-def check_tensor(t: Tensor, name: str, axes: str, x: Tensor) -> None:
-    if not isinstance(t, Tensor):
-        raise ValueError(f"{name}: expected a tensor {axes}, got {type(t).__name__}")
-    if not t.is_floating_point():
-        raise ValueError(
-            f"{name}: expected a real floating dtype (float16, bfloat16, float32, float64), "
-            f"got {t.dtype}"
-        )
-    if t.dim() != axes.count(",") + 1:
-        count = axes.count(",") + 1
-        noun = "axis" if count == 1 else "axes"
-        raise ValueError(f"{name}: expected {count} {noun} {axes}, got shape {tuple(t.shape)}")
-    if t.numel() == 0:
-        raise ValueError(
-            f"{name}: expected every axis of {axes} to be at least 1, got shape {tuple(t.shape)}"
-        )
-    if isinstance(x, Tensor) and t.device != x.device:
-        raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
-
-
 def check_shape(t: Tensor, name: str, axes: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    check_tensor(t, name, axes, x)
+    check_tensor(t, name, axes)
+    check_device(t, name, x, "x")
     if tuple(t.shape) != shape:
         raise ValueError(f"{name}: expected {axes} = {shape}, got {tuple(t.shape)}")
 
@@ -71,18 +47,17 @@ def check_inputs(
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
-    z: Tensor | None,
     dt_bias: Tensor | None,
     leading: tuple[str, ...],
 ) -> None:
     def axes(*names: str) -> str:
         return f"[{', '.join((*leading, *names))}]"
 
-    check_tensor(x, "x", axes("H", "P"), x)
+    check_tensor(x, "x", axes("H", "P"))
     tokens, (heads, channels) = tuple(x.shape[:-2]), x.shape[-2:]
     check_shape(dt, "dt", axes("H"), x, (*tokens, heads))
     check_shape(A, "A", "[H]", x, (heads,))
-    check_tensor(B, "B", axes("G", "N"), x)
+    check_tensor(B, "B", axes("G", "N"))
     groups, features = B.shape[-2:]
     check_shape(B, "B", axes("G", "N"), x, (*tokens, groups, features))
     if heads % groups:
@@ -92,8 +67,6 @@ def check_inputs(
         check_shape(D, "D", "[H, P]", x, (heads, channels))
     elif D is not None:
         check_shape(D, "D", "[H]", x, (heads,))
-    if z is not None:
-        check_shape(z, "z", axes("H", "P"), x, (*tokens, heads, channels))
     if dt_bias is not None:
         check_shape(dt_bias, "dt_bias", "[H]", x, (heads,))
 
@@ -101,22 +74,6 @@ def check_inputs(
 def check_states(states: Tensor, name: str, x: Tensor, B: Tensor) -> None:
     shape = (x.shape[0], *x.shape[-2:], B.shape[-1])
     check_shape(states, name, "[B, H, P, N]", x, shape)
-
-
-def check_seq_idx(seq_idx: Tensor, x: Tensor) -> None:
-    if not isinstance(seq_idx, Tensor):
-        raise ValueError(
-            f"seq_idx: expected an integer tensor [B, L], got {type(seq_idx).__name__}"
-        )
-    whole = (torch.int8, torch.int16, torch.int32, torch.int64)
-    if seq_idx.dtype not in whole:
-        raise ValueError(f"seq_idx: expected a signed integer dtype, got {seq_idx.dtype}")
-    if tuple(seq_idx.shape) != tuple(x.shape[:2]):
-        raise ValueError(
-            f"seq_idx: expected [B, L] = {tuple(x.shape[:2])}, got {tuple(seq_idx.shape)}"
-        )
-    if seq_idx.device != x.device:
-        raise ValueError(f"seq_idx: expected the device of x, {x.device}, got {seq_idx.device}")
 
 
 def check_count(chunk_size: int) -> None:
@@ -145,23 +102,10 @@ def checked_limit(limit: tuple[float, float]) -> tuple[float, float]:
 
 def implementation_for(impl: str | None, x: Tensor, B: Tensor, dtype: torch.dtype) -> str:
     channels, features = x.shape[3], B.shape[3]
-    fits = max(channels, features) <= WIDEST
-    double = dtype == torch.float64
-    if impl is None:
-        on_gpu = x.device.type == "cuda"  # ROCm calls itself cuda too
-        return "triton" if on_gpu and library.HAS_TRITON and fits and not double else "blocked"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected None or one of {IMPLEMENTATIONS}, got {impl!r}")
-    if impl == "triton":
-        if double:
-            raise ValueError(
-                "impl: 'triton' takes float16, bfloat16 and float32, got float64; 'blocked' and "
-                "'reference' take it"
-            )
-        if not fits:
-            raise ValueError(
-                f"impl: 'triton' takes channels and features up to {WIDEST}, got {channels} and "
-                f"{features}; 'blocked' and 'reference' take any"
-            )
-        library.check_triton(x.device)
-    return impl
+
+    def unfit() -> str | None:
+        if max(channels, features) <= WIDEST:
+            return None
+        return f"'triton' takes channels and features up to {WIDEST}, got {channels} and {features}"
+
+    return implementation(impl, x, dtype, unfit)

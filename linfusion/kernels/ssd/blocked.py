@@ -8,9 +8,9 @@ With s the running sum of the log-decays a inside a chunk, u = dt x, and h the s
 A run of chunks of some heads is one batch of products. Nothing as long as the tokens is allocated
 but the output, and one state a run for the backward pass, which computes the others again.
 
-Sums of log-decays are float64: exp(s_i - s_j) near 1 is lost in float32 where s is in the
-thousands. What the future must not see is set to -∞ before it is exponentiated, so that no product
-meets an overflow.
+Sums of log-decays have two parts: exp(s_i - s_j) near 1 is lost in float32 where s is in the
+thousands. What is not finite reaches the tokens that see it and no others: no product with 0 meets
+it.
 """
 
 from __future__ import annotations
@@ -18,27 +18,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.pages import empty_output
 from linfusion.kernels.ssd.chunks import (
-    LOG2_E,
     View,
+    add_seen,
     added_by,
     by_token,
-    cumulative,
     entering,
     parts_of,
     read_from,
     running,
     runs_of,
+    seen,
     shifted,
     states_between,
+    sums_of,
 )
-from linfusion.kernels.ssd.common import (
-    accumulator,
-    before,
-    chunk_of,
-    kept_states,
-)
+from linfusion.kernels.ssd.common import Choices, chunk_of, kept_states
 
 
 def scan(
@@ -49,19 +46,16 @@ def scan(
     c: Tensor,
     skip: Tensor | None,
     initial: Tensor | None,
-    seg: Tensor | None,
-    chunk_size: int,
-    reverse: bool,
+    choices: Choices,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, L, H, P], last state [B, H, P, N] and kept states; arguments as `reference`."""
     dtype = accumulator(x, dt, b, c)
     batch, length, heads, channels = x.shape
     y = empty_output(x.shape, x.dtype, x.device)
     final = torch.empty(batch, heads, channels, b.shape[3], dtype=dtype, device=x.device)
-    count = kept_states(length, chunk_size, "blocked")
+    count = kept_states(length, choices.chunk_size, "blocked")
     kept = final.new_empty(batch, count, *final.shape[1:])
-    prev = None if seg is None else before(seg, reverse)
-    chunk = chunk_of(chunk_size)
+    chunk, reverse = chunk_of(choices.chunk_size), choices.reverse
     for part in parts_of(x, b, chunk):
         state = final.new_zeros(final[part.batch, part.heads].shape)
         if initial is not None:
@@ -72,14 +66,14 @@ def scan(
             kept[part.batch, run.place, part.heads] = part.restored(state)
             view = View(part, run)
             x_, b_, c_ = view.tokens(x), view.group(b, dtype), view.group(c, dtype)
-            decay, out, into, through = _decays(view, a, seg, prev, reverse, dtype)
+            decay, out, into, through = _decays(view, a, reverse, dtype)
             step = view.tokens(dt[..., None]).to(dtype)  # [k, b, g, Q, r, 1]
             wrote = torch.mul(x_, into.mul_(step))
             states = states_between(added_by(b_, wrote), through, state, reverse)
             o = read_from(c_, entering(states, reverse)).mul_(out)  # [k, b, g, Q, r, P]
             u = torch.mul(x_.transpose(3, 4), step.transpose(3, 4)).contiguous()
             decay *= (c_ @ b_.mT)[:, :, :, None]
-            o += (decay @ u).transpose(3, 4)
+            add_seen(o.transpose(3, 4), decay, u, reverse)
             if weight is not None:
                 o.addcmul_(x_.to(dtype), weight)
             view.tokens(y).copy_(o)
@@ -97,10 +91,8 @@ def scan_backward(
     b: Tensor,
     c: Tensor,
     skip: Tensor | None,
-    seg: Tensor | None,
     kept: Tensor,
-    chunk_size: int,
-    reverse: bool,
+    choices: Choices,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, dt, a, b, c, skip and the initial state.
 
@@ -112,8 +104,7 @@ def scan_backward(
     db, dc = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (b, c))
     dskip = kept.new_zeros(x.shape[0], 0) if skip is None else torch.zeros_like(skip, dtype=dtype)
     dinitial = torch.empty_like(dfinal, memory_format=torch.contiguous_format)
-    prev = None if seg is None else before(seg, reverse)
-    chunk = chunk_of(chunk_size)
+    chunk, reverse = chunk_of(choices.chunk_size), choices.reverse
     for part in parts_of(x, b, chunk):
         weight = None if skip is None else part.grouped(skip).to(dtype)[:, :, None]
         dstate = part.transposed(dfinal[part.batch, part.heads].to(dtype))
@@ -121,7 +112,7 @@ def scan_backward(
             view = View(part, run)
             x_, dy_ = view.tokens(x).to(dtype), view.tokens(dy).to(dtype)
             b_, c_ = view.group(b, dtype), view.group(c, dtype)
-            decay, out, into, through = _decays(view, a, seg, prev, reverse, dtype)
+            decay, out, into, through = _decays(view, a, reverse, dtype)
             step = view.tokens(dt[..., None]).to(dtype)  # [k, b, g, Q, r, 1]
             # Of tokens and states: what wrote, and what asks for a gradient.
             wrote, asks = torch.mul(x_, into * step), torch.mul(dy_, out)
@@ -133,7 +124,7 @@ def scan_backward(
             u = torch.mul(x_.transpose(3, 4), step.transpose(3, 4)).contiguous()
             g = dy_.transpose(3, 4).contiguous()  # [k, b, g, r, Q, P]
             between = g @ u.mT  # [k, b, g, r, Q, Q]
-            between *= decay
+            between *= seen(decay, reverse)
             dcb = between.sum(3)
             cb = (c_ @ b_.mT)[:, :, :, None]
             between *= cb
@@ -167,31 +158,16 @@ def scan_backward(
 
 
 def _decays(
-    view: View,
-    a: Tensor,
-    seg: Tensor | None,
-    prev: Tensor | None,
-    reverse: bool,
-    dtype: torch.dtype,
+    view: View, a: Tensor, reverse: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What is left of token j at token i [k, b, g, r, Q, Q], of the state before the chunk at token
-    i and of token j after the chunk [k, b, g, Q, r, 1], and of the state through the whole chunk
-    [k, b, g, r]."""
-    s = view.tokens(a[..., None]).to(torch.float64)[..., 0].mT * LOG2_E  # [k, b, g, r, Q]
-    s = cumulative(s, reverse)
-    first, last = (-1, 0) if reverse else (0, -1)
-    total = s[..., last, None]
-    size = s.shape[-1]
-    unseen = torch.full((size, size), float("-inf"), dtype=dtype, device=s.device)
-    unseen = unseen.tril_(-1) if reverse else unseen.triu_(1)
-    out, into, through = s.exp2(), (total - s).exp2_(), total[..., 0].exp2()
-    if seg is not None and prev is not None:
-        at, came = view.packed(seg), view.packed(prev)[..., first, None]  # [k, b, 1, 1, Q]
-        unseen = unseen.masked_fill(at[..., :, None] != at[..., None, :], float("-inf"))
-        out = out * (at == came)
-        into = into * (at == at[..., last, None])
-        through = through * (at[..., last] == came[..., 0])
-    decay = torch.empty(*s.shape, size, dtype=dtype, device=s.device)
-    torch.sub(s[..., :, None], s[..., None, :], out=decay)
-    decay += unseen
-    return decay.exp2_(), by_token(out, dtype), by_token(into, dtype), through.to(dtype)
+    """What is left of token j at token i [k, b, g, r, Q, Q], of which `seen` holds; of the state
+    before the chunk at token i and of token j after the chunk [k, b, g, Q, r, 1]; and of the state
+    through the whole chunk [k, b, g, r]."""
+    high, low = sums_of(view.tokens(a[..., None])[..., 0].mT.to(dtype), reverse)  # [k, b, g, r, Q]
+    end = 0 if reverse else -1
+    out = (high + low).exp2_()
+    into = ((high[..., end, None] - high) + (low[..., end, None] - low)).exp2_()
+    decay = high[..., :, None] - high[..., None, :]
+    decay += low[..., :, None]
+    decay -= low[..., None, :]
+    return decay.exp2_(), by_token(out), by_token(into), out[..., end].contiguous()

@@ -14,6 +14,10 @@ from linfusion.kernels.ssd.common import chunks_of_a_run
 # Elements of the largest temporary: 2 MB in float32, near L2.
 BLOCK = 1 << 19
 LOG2_E = 1 / math.log(2)  # powers of two take a third of the time of exp
+# Nothing is left after so small a log-decay, in units of log 2, and sums of them stay finite: of 64
+# in float32, exact to a multiple of GRAIN, which takes 24 bits.
+FORGET = {torch.float32: -256.0, torch.float64: -2048.0}
+GRAIN = 2.0**-9
 
 
 class Part(NamedTuple):
@@ -63,11 +67,6 @@ class View:
             1, self.chunked
         )  # [b, k, Q, g, r, X]
         return x.permute(1, 0, 3, 2, 4, 5)
-
-    def packed(self, x: Tensor) -> Tensor:
-        """[B, L] as a view [k, b, 1, 1, Q]."""
-        x = x[self.part.batch, self.run.tokens].unflatten(1, self.chunked)
-        return x.transpose(0, 1)[:, :, None, None]
 
     def _group(self, x: Tensor) -> Tensor:
         x = x[self.part.batch, self.run.tokens, self.part.groups].unflatten(1, self.chunked)
@@ -119,8 +118,8 @@ def runs_of(length: int, chunk_size: int, reverse: bool) -> Iterator[Run]:
     return reversed(found) if reverse else iter(found)
 
 
-def by_token(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.mT[..., None].to(dtype)
+def by_token(x: Tensor) -> Tensor:
+    return x.mT[..., None]
 
 
 def added_by(keys: Tensor, values: Tensor) -> Tensor:
@@ -150,9 +149,35 @@ def entering(states: Tensor, reverse: bool) -> Tensor:
     return states[1:] if reverse else states[:-1]
 
 
-def cumulative(x: Tensor, reverse: bool) -> Tensor:
-    """Sums up to and with each token of a chunk, along the last axis."""
-    return x.flip(-1).cumsum(-1).flip(-1) if reverse else x.cumsum(-1)
+def sums_of(a: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Sums of log-decays up to and with each token of a chunk, along the last axis, high and low.
+
+    In units of log 2. The high part of a log-decay is a multiple of `GRAIN`, so that sums and
+    differences of high parts are exact, and those of low parts are small.
+    """
+    a = (a * LOG2_E).clamp_(min=FORGET[a.dtype])  # NaN stays
+    high = torch.round(a / GRAIN).mul_(GRAIN)
+    high, low = (x.flip(-1) if reverse else x for x in (high, a - high))
+    high, low = high.cumsum(-1), low.cumsum(-1)
+    return (high.flip(-1), low.flip(-1)) if reverse else (high, low)
+
+
+def seen(weights: Tensor, reverse: bool) -> Tensor:
+    """Of each token i and token j [..., Q, Q], 0 where j comes after i, whatever was there."""
+    return weights.triu_() if reverse else weights.tril_()
+
+
+def add_seen(o: Tensor, weights: Tensor, u: Tensor, reverse: bool) -> None:
+    """Add weights [..., Q, Q] u [..., Q, P] of the tokens that each one sees to o.
+
+    A product with 0 would carry what is not finite to all tokens: such u are set to 0, and o is NaN
+    from their token on in the order of the scan.
+    """
+    if not u.is_cpu or not u.sum().isfinite():  # elsewhere, to ask would be to wait for the device
+        lost = u * 0
+        u.masked_fill_(lost != 0, 0)
+        o += lost.flip(-2).cumsum(-2).flip(-2) if reverse else lost.cumsum(-2)
+    o += seen(weights, reverse) @ u
 
 
 def running(x: Tensor, reverse: bool) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
 # The blocked form keeps one state for so many tokens, and computes those between them again.
 RUN = 512
@@ -15,9 +14,11 @@ LONGEST = 64
 TRITON_CHUNKS = (16, 256)
 
 
-def accumulator(*tensors: Tensor) -> torch.dtype:
-    """The dtype of sums and states: float64 if any input is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+class Choices(NamedTuple):
+    """How a scan runs: in chunks of so many tokens, and from the last token to the first or not."""
+
+    chunk_size: int
+    reverse: bool
 
 
 def chunk_of(chunk_size: int) -> int:
@@ -47,21 +48,3 @@ def kept_states(tokens: int, chunk_size: int, impl: str) -> int:
     chunk = chunk_of(chunk_size)
     whole, ragged = tokens // chunk, tokens % chunk
     return -(-whole // chunks_of_a_run(chunk)) - (-ragged // chunk)
-
-
-def before(seg: Tensor, reverse: bool) -> Tensor:
-    """Of each token, the segment of the one scanned before it; 0 for the first, [B, L]."""
-    zero = torch.zeros_like(seg[:, :1])
-    return torch.cat([seg[:, 1:], zero] if reverse else [zero, seg[:, :-1]], 1)
-
-
-def segments(seq_idx: Tensor, reverse: bool) -> Tensor:
-    """Segments counted in the order of the scan, [B, L] int32; 0 is that of the initial state.
-
-    A segment ends where `seq_idx` changes, also to a value that it had before; the token before
-    the first one has the value 0.
-    """
-    changes = (seq_idx != before(seq_idx, reverse)).int()
-    if reverse:
-        return changes.flip(1).cumsum(1, dtype=torch.int32).flip(1)
-    return changes.cumsum(1, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""The scan as a `torch.library` operator: fake, gradient and vmap, one boundary a call.
+"""The scan as a `torch.library` operator: fake and gradient, one boundary a call.
 
 Importing this file needs torch alone. The kernels behind `impl` are imported at the first call, so
 `torch.compile(fullgraph=True)` sees one opaque node and a machine without triton loses nothing.
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.library import LIBRARY, register
-from linfusion.kernels.ssd.common import accumulator, kept_states
+from linfusion.kernels.ssd.common import Choices, kept_states
 
 _CHOICES = "SymInt chunk_size, bool reverse, str impl"
 
@@ -22,11 +23,11 @@ _CHOICES = "SymInt chunk_size, bool reverse, str impl"
 # states; skip is D [B, H, P]. What is kept for the backward are some states, see `kept_states`.
 LIBRARY.define(
     "ssd_scan(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor? skip, Tensor? initial, "
-    f"Tensor? seg, {_CHOICES}) -> (Tensor y, Tensor final, Tensor kept)"
+    f"{_CHOICES}) -> (Tensor y, Tensor final, Tensor kept)"
 )
 LIBRARY.define(
     "ssd_scan_backward(Tensor dy, Tensor dfinal, Tensor x, Tensor dt, Tensor a, Tensor b, "
-    f"Tensor c, Tensor? skip, Tensor? seg, Tensor kept, {_CHOICES}) -> "
+    f"Tensor c, Tensor? skip, Tensor kept, {_CHOICES}) -> "
     "(Tensor dx, Tensor ddt, Tensor da, Tensor db, Tensor dc, Tensor dskip, Tensor dinitial)"
 )
 
@@ -39,15 +40,11 @@ def ssd_scan(
     c: Tensor,
     skip: Tensor | None,
     initial: Tensor | None,
-    seg: Tensor | None,
-    chunk_size: int,
-    reverse: bool,
+    choices: Choices,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The registered operator, without what it keeps; [B, L, H, P] and [B, H, P, N]."""
-    y, final, _ = torch.ops.linfusion.ssd_scan(
-        x, dt, a, b, c, skip, initial, seg, chunk_size, reverse, impl
-    )
+    y, final, _ = torch.ops.linfusion.ssd_scan(x, dt, a, b, c, skip, initial, *choices, impl)
     return y, final
 
 
@@ -56,13 +53,13 @@ def _kernels(impl: str) -> ModuleType:
 
 
 def _scan(x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *rest, impl = args
-    return _kernels(impl).scan(x, *rest)
+    *rest, chunk_size, reverse, impl = args
+    return _kernels(impl).scan(x, *rest, Choices(chunk_size, reverse))
 
 
 def _scan_backward(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *rest, impl = args
-    return _kernels(impl).scan_backward(dy, *rest)
+    *rest, chunk_size, reverse, impl = args
+    return _kernels(impl).scan_backward(dy, *rest, Choices(chunk_size, reverse))
 
 
 def _scan_fake(
@@ -73,7 +70,6 @@ def _scan_fake(
     c: Tensor,
     skip: Tensor | None,
     initial: Tensor | None,
-    seg: Tensor | None,
     chunk_size: int,
     reverse: bool,
     impl: str,
@@ -103,11 +99,11 @@ def _scan_backward_fake(
 
 
 def _scan_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, dt, a, b, c, skip, initial, seg, *ctx.choices = inputs
+    x, dt, a, b, c, skip, initial, *ctx.choices = inputs
     kept = output[2]
     ctx.initial = None if initial is None else initial.dtype
     ctx.mark_non_differentiable(kept)
-    ctx.save_for_backward(x, dt, a, b, c, skip, seg, kept)
+    ctx.save_for_backward(x, dt, a, b, c, skip, kept)
 
 
 def _scan_grad(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -119,7 +115,7 @@ def _scan_grad(ctx: Any, dy: Tensor, dfinal: Tensor, _: Tensor) -> tuple[Tensor 
         *grads,
         None if saved[5] is None else dskip,
         None if ctx.initial is None else dinitial.to(ctx.initial),
-        *[None] * 4,
+        *[None] * 3,
     )
 
 

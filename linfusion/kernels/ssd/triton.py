@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 from linfusion.kernels.launch import Launch, Target, rows, target_of
-from linfusion.kernels.ssd.common import triton_chunk_of
+from linfusion.kernels.ssd.common import Choices, triton_chunk_of
 from linfusion.kernels.ssd.triton_backward import (
     ssd_bwd_decays,
     ssd_bwd_keys,
@@ -52,9 +52,7 @@ def scan(
     c: Tensor,
     skip: Tensor | None,
     initial: Tensor | None,
-    seg: Tensor | None,
-    chunk_size: int,
-    reverse: bool,
+    choices: Choices,
     *,
     target: Target | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,12 +60,12 @@ def scan(
     [B, chunks, H, P, N] in the order of the scan; arguments as `reference`."""
     target = target or target_of(x)
     x, b, c, dt = rows(x), rows(b), rows(c), dt.contiguous()
-    chunk = triton_chunk_of(chunk_size)
+    choices = Choices(triton_chunk_of(choices.chunk_size), choices.reverse)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    s = sums_of(target, a, seg, chunk, reverse)
-    kept = chunk_states(target, b, x, dt, s, (x, b, c), chunk, reverse, backward=False)
-    final = pass_states(target, s, kept, initial, chunk, backward=False)
-    _read(target, c, b, x, x, dt, s, kept, skip, y, None, None, chunk, reverse, backward=False)
+    s = sums_of(target, a, choices)
+    kept = chunk_states(target, b, x, dt, s, (x, b, c), choices, backward=False)
+    final = pass_states(target, s, kept, initial, choices.chunk_size, backward=False)
+    _read(target, c, b, x, x, dt, s, kept, skip, y, None, None, choices, backward=False)
     return y, final, kept
 
 
@@ -80,10 +78,8 @@ def scan_backward(
     b: Tensor,
     c: Tensor,
     skip: Tensor | None,
-    seg: Tensor | None,
     kept: Tensor,
-    chunk_size: int,
-    reverse: bool,
+    choices: Choices,
     *,
     splits: int | None = None,
     target: Target | None = None,
@@ -95,29 +91,31 @@ def scan_backward(
     target = target or target_of(x)
     dy, x, b, c, dt, kept = rows(dy), rows(x), rows(b), rows(c), dt.contiguous(), kept.contiguous()
     batch, length, heads, channels = x.shape
-    chunk = triton_chunk_of(chunk_size)
-    s = sums_of(target, a, seg, chunk, reverse)
-    dstates = chunk_states(target, c, dy, None, s, (x, b, c), chunk, reverse, backward=True)
-    dinitial = pass_states(target, s, dstates, dfinal, chunk, backward=True)
+    choices = Choices(triton_chunk_of(choices.chunk_size), choices.reverse)
+    s = sums_of(target, a, choices)
+    dstates = chunk_states(target, c, dy, None, s, (x, b, c), choices, backward=True)
+    dinitial = pass_states(target, s, dstates, dfinal, choices.chunk_size, backward=True)
 
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ddt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
-    step = step_of(target, "read", chunk, x, b, c)
+    step = step_of(target, "read", choices, x, b, c)
     tiles = 0 if skip is None else triton.cdiv(length, step.held)
     share = torch.empty(batch, tiles, heads, channels, dtype=torch.float32, device=x.device)
-    _read(target, b, c, dy, x, dt, s, dstates, skip, dx, ddt, share, chunk, reverse, backward=True)
+    _read(target, b, c, dy, x, dt, s, dstates, skip, dx, ddt, share, choices, backward=True)
     dskip = x.new_zeros(batch, 0) if skip is None else share.sum(1).to(skip.dtype)
 
-    step = step_of(target, "keys", chunk, x, b, c)
+    step = step_of(target, "keys", choices, x, b, c)
     tiles = triton.cdiv(length, step.held)
-    between = torch.empty((batch, tiles, heads, chunk), dtype=torch.float32, device=x.device)
-    choices = (between, splits, chunk, reverse)
-    dc, read, into = _keys(target, c, b, dy, x, dt, s, kept, *choices, backward=False)
-    db, written, out_of = _keys(target, b, c, x, dy, dt, s, dstates, *choices, backward=True)
+    between = torch.empty(
+        (batch, tiles, heads, choices.chunk_size), dtype=torch.float32, device=x.device
+    )
+    more = (between, splits, choices)
+    dc, read, into = _keys(target, c, b, dy, x, dt, s, kept, *more, backward=False)
+    db, written, out_of = _keys(target, b, c, x, dy, dt, s, dstates, *more, backward=True)
     within = torch.empty_like(read)
     args: dict[str, Any] = {"B": b, "C": c, "X": x, "DY": dy, "DT": dt, "S": s, "WITHIN": within}
     args |= sizes_of(b, x) | named_strides(b=b, c=c, x=x, g=dy)
-    constants = constants_of(b, x, step, chunk, reverse, True, target, (x, b, c))
+    constants = constants_of(b, x, step, choices, True, target, (x, b, c))
     names = ("P", "N", "BM", "BK", "REVERSE", "DOT", "PRECISION")
     args |= {name: constants[name] for name in names} | {"BD": columns_of(step, constants)}
     launch(target, ssd_bwd_within, batch * heads * tiles, args, step)
@@ -126,7 +124,12 @@ def scan_backward(
     args = {"S": s, "STATES": kept, "DSTATES": dstates, "WITHIN": within, "DA": da}
     args |= {"READ": read, "WRITTEN": written, "BETWEEN": between, "INTO": into, "OUT_OF": out_of}
     args |= {"length": length, "heads": heads, "SIZE": channels * b.shape[3]}
-    args |= {"BLOCK": _DECAYS_BLOCK, "BM": step.held, "CHUNK": chunk, "REVERSE": reverse}
+    args |= {
+        "BLOCK": _DECAYS_BLOCK,
+        "BM": step.held,
+        "CHUNK": choices.chunk_size,
+        "REVERSE": choices.reverse,
+    }
     launch(target, ssd_bwd_decays, batch * heads * kept.shape[1], args)
     return dx, ddt, da, db, dc, dskip, dinitial
 
@@ -144,17 +147,16 @@ def _read(
     out: Tensor,
     ddt: Tensor | None,
     dskip: Tensor | None,
-    chunk: int,
-    reverse: bool,
+    choices: Choices,
     backward: bool,
 ) -> None:
     batch, length, heads, _ = v.shape
-    step = step_of(target, "read", chunk, x, q, k)
+    step = step_of(target, "read", choices, x, q, k)
     args: dict[str, Any] = {"Q": q, "K": k, "V": v, "X": x, "DT": dt, "S": s, "STATES": states}
     args |= {"SKIP": s if skip is None else skip.contiguous(), "OUT": out}
     args |= {"DDT": s if ddt is None else ddt, "DSKIP": s if dskip is None else dskip}
     args |= sizes_of(k, v) | named_strides(q=q, k=k, v=v, x=x) | {"SKIPS": skip is not None}
-    args |= constants_of(k, v, step, chunk, reverse, backward, target, (x, q, k))
+    args |= constants_of(k, v, step, choices, backward, target, (x, q, k))
     launch(target, ssd_read, batch * heads * triton.cdiv(length, step.held), args, step)
 
 
@@ -169,14 +171,13 @@ def _keys(
     states: Tensor,
     between: Tensor,
     splits: int | None,
-    chunk: int,
-    reverse: bool,
+    choices: Choices,
     backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [B, L, G, N], and of each place its pairs and its edge, [B, H, L]."""
     batch, length, heads, _ = v.shape
     groups = q.shape[2]
-    step = step_of(target, "keys", chunk, v, q, k)
+    step = step_of(target, "keys", choices, v, q, k)
     programs = batch * groups * triton.cdiv(length, step.held)
     if splits is None:
         splits = num_splits(heads // groups, programs, target.multiprocessors)
@@ -192,7 +193,7 @@ def _keys(
     args |= {"DQ": dq, "PAIRS": pairs, "EDGES": edges}
     args |= {"BETWEEN": between, "splits": splits}
     args |= sizes_of(k, v) | named_strides(q=q, k=k, u=u, v=v)
-    args |= constants_of(k, v, step, chunk, reverse, backward, target, (v, q, k))
+    args |= constants_of(k, v, step, choices, backward, target, (v, q, k))
     args["BD"] = columns_of(step, args)
     del args["BP"]  # rows of a state are taken BD at a time
     launch(target, ssd_bwd_keys, programs * splits, args, step)

@@ -7,9 +7,9 @@ so `ssd_states`, `ssd_pass` and `ssd_read` serve both: `BACKWARD` says which.
 
 Places count tokens in the order of the scan; only `token_of` knows of `REVERSE`. Log-decays are in
 units of log 2 and their sums of two float32, high and low: near 1, a decay is lost in float32
-where the sum is in the thousands. A token that resets the state has the log-decay `FORGET`, of
-which float32 keeps nothing, so that no other kernel knows of segments. What a token must not see is
-set to -∞ before it is exponentiated: no product meets an overflow.
+where the sum is in the thousands. A log-decay is at least `FORGET`, of which float32 keeps nothing,
+so that sums stay finite. What a token must not see is set to -∞ before it is exponentiated: no
+product meets an overflow.
 
 The conventions are those of the linear kernels: one grid axis, strides divided by the constexpr
 `ALIGN`, no run-time integer specialised on, tiles upcast on load, and operands of a product rounded
@@ -74,13 +74,11 @@ def to_the_edge(S, i, last, length, BACKWARD: tl.constexpr):
 @triton.jit(do_not_specialize=["length", "heads"])
 def ssd_cumsum(
     A,  # [B, L, H] float32, contiguous
-    SEG,  # [B, L] int32, contiguous
     S,  # [B, H, 2, L] float32: sums up to and with each place of its chunk, high and low
     length,
     heads,
     CHUNK: tl.constexpr,
     BH: tl.constexpr,
-    SEGMENTS: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
     """Sums of the log-decays of one chunk and BH heads."""
@@ -95,11 +93,6 @@ def ssd_cumsum(
     n = b * length + token_of(i, length, REVERSE)  # [CHUNK]
     a = tl.load(A + n[:, None] * heads + h[None, :], mask=mask, other=0.0) * LOG2_E
     a = tl.where(a < FORGET, FORGET, a)  # NaN stays
-    if SEGMENTS:
-        seg = tl.load(SEG + n, mask=i < length, other=0)
-        n = b * length + token_of(i - 1, length, REVERSE)
-        before = tl.load(SEG + n, mask=(i > 0) & (i < length), other=0)
-        a = tl.where((seg != before)[:, None], FORGET, a)
     s = tl.cumsum(a.to(tl.float64), 0)  # [CHUNK, BH]
     high = s.to(tl.float32)
     at = S + (b * heads + h)[None, :] * 2 * length + i[:, None]
@@ -306,22 +299,27 @@ def ssd_read(
     state = state_of(STATES, p, n, P, N).to(DOT)  # [BP, BN]
     o = tl.dot(q, tl.trans(state), input_precision=PRECISION)  # [BM, BP]
     o *= to_the_edge(S, i, last, length, BACKWARD)[:, None]
-    begin = start // BK * BK if BACKWARD else first
+    begin = start if BACKWARD else first
     end = last + 1 if BACKWARD else tl.minimum(start + BM, length)
     for at in range(begin, end, BK):
         j = at + tl.arange(0, BK)  # [BK]
         other = token_of(j, length, REVERSE)
         k = rows_of(K, other, j < length, n, k_sn, N, ALIGN).to(DOT)  # [BK, BN]
-        v = rows_of(V, other, j < length, p, v_sn, P, ALIGN).to(DOT)  # [BK, BP]
+        v = rows_of(V, other, j < length, p, v_sn, P, ALIGN)  # [BK, BP]
         w = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BK]
         w *= decays_of(S, i, j, length, BACKWARD)
         if not BACKWARD:
             w *= tl.load(DT + other * heads, mask=j < length, other=0.0)[None, :]
-        o = tl.dot(w.to(DOT), v, o, input_precision=PRECISION)
+            # Products with 0 would carry what is not finite to the tokens before it.
+            w = tl.where(i[:, None] >= j[None, :], w, 0.0)
+            v = tl.where((tl.abs(v) < float("inf")) | (j < start)[:, None], v, 0.0)
+        o = tl.dot(w.to(DOT), v.to(DOT), o, input_precision=PRECISION)
 
     mask = inside[:, None] & (p < P)[None, :]
-    if SKIPS or BACKWARD:
-        x = rows_of(X, token, inside, p, x_sn, P, ALIGN)  # [BM, BP]
+    x = rows_of(X, token, inside, p, x_sn, P, ALIGN)  # [BM, BP]
+    if not BACKWARD:
+        lost = tl.min(tl.where(tl.abs(x) < float("inf"), length, i[:, None]), 0)  # [BP]
+        o = tl.where(i[:, None] >= lost[None, :], float("nan"), o)
     if BACKWARD:
         tl.store(DDT + (b * length + token) * heads + h, tl.sum(o * x, 1), mask=inside)
         o *= tl.load(DT + token * heads, mask=inside, other=0.0)[:, None]

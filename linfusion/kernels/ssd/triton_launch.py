@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linfusion.kernels.launch import DOT, Launch, Target, named, strides_of
+from linfusion.kernels.ssd.common import Choices
 from linfusion.kernels.ssd.triton_configs import Step, step_for
 from linfusion.kernels.ssd.triton_forward import ssd_cumsum, ssd_pass, ssd_states
 
@@ -18,15 +19,15 @@ _PASS_BLOCK = 512
 _PLAIN = Step(1, 1, 1, warps=4, stages=1)  # of kernels without products
 
 
-def sums_of(target: Target, a: Tensor, seg: Tensor | None, chunk: int, reverse: bool) -> Tensor:
+def sums_of(target: Target, a: Tensor, choices: Choices) -> Tensor:
     """Sums of log-decays up to and with each place of its chunk, high and low, [B, H, 2, L]."""
     a = a.contiguous()
     batch, length, heads = a.shape
     s = torch.empty(batch, heads, 2, length, dtype=torch.float32, device=a.device)
-    args: dict[str, Any] = {"A": a, "SEG": a if seg is None else seg.contiguous(), "S": s}
-    args |= {"length": length, "heads": heads, "CHUNK": chunk, "BH": _SUM_HEADS}
-    args |= {"SEGMENTS": seg is not None, "REVERSE": reverse}
-    programs = batch * triton.cdiv(length, chunk) * triton.cdiv(heads, _SUM_HEADS)
+    args: dict[str, Any] = {"A": a, "S": s}
+    args |= {"length": length, "heads": heads, "BH": _SUM_HEADS}
+    args |= {"CHUNK": choices.chunk_size, "REVERSE": choices.reverse}
+    programs = batch * triton.cdiv(length, choices.chunk_size) * triton.cdiv(heads, _SUM_HEADS)
     launch(target, ssd_cumsum, programs, args)
     return s
 
@@ -38,21 +39,20 @@ def chunk_states(
     dt: Tensor | None,
     s: Tensor,
     operands: tuple[Tensor, ...],
-    chunk: int,
-    reverse: bool,
+    choices: Choices,
     backward: bool,
 ) -> Tensor:
     """What every chunk adds to a state [B, chunks, H, P, N], its tokens times their steps `dt`."""
     batch, length, heads, channels = v.shape
-    features, chunks = k.shape[3], triton.cdiv(length, chunk)
+    features, chunks = k.shape[3], triton.cdiv(length, choices.chunk_size)
     states = torch.empty(
         batch, chunks, heads, channels, features, dtype=torch.float32, device=v.device
     )
-    step = step_of(target, "states", chunk, *operands)
+    step = step_of(target, "states", choices, *operands)
     args: dict[str, Any] = {"K": k, "V": v, "S": s, "STATES": states}
     args |= {"DT": s if dt is None else dt, "STEPS": dt is not None}
     args |= sizes_of(k, v) | named_strides(k=k, v=v)
-    args |= constants_of(k, v, step, chunk, reverse, backward, target, operands)
+    args |= constants_of(k, v, step, choices, backward, target, operands)
     del args["BM"]  # it holds a tile of the state
     args |= {"BP": min(args["BP"], step.columns), "BN": min(args["BN"], step.columns)}
     tiles = triton.cdiv(channels, args["BP"]) * triton.cdiv(features, args["BN"])
@@ -87,10 +87,10 @@ def launch(
     target.launch(Launch(kernel, programs, args, options))
 
 
-def step_of(target: Target, kernel: str, chunk: int, x: Tensor, b: Tensor, c: Tensor) -> Step:
+def step_of(target: Target, kernel: str, choices: Choices, x: Tensor, b: Tensor, c: Tensor) -> Step:
     vendor = "hip" if target.vendor == "interpreter" else target.vendor
     itemsize = max(t.element_size() for t in (x, b, c))
-    return step_for(vendor, kernel, max(x.shape[3], b.shape[3]), itemsize, chunk)
+    return step_for(vendor, kernel, max(x.shape[3], b.shape[3]), itemsize, choices.chunk_size)
 
 
 def columns_of(step: Step, constants: dict[str, Any]) -> int:
@@ -113,8 +113,7 @@ def constants_of(
     k: Tensor,
     v: Tensor,
     step: Step,
-    chunk: int,
-    reverse: bool,
+    choices: Choices,
     backward: bool,
     target: Target,
     operands: tuple[Tensor, ...],
@@ -132,8 +131,8 @@ def constants_of(
         "BN": max(16, triton.next_power_of_2(features)),
         "BM": step.held,
         "BK": step.taken,
-        "CHUNK": chunk,
-        "REVERSE": reverse,
+        "CHUNK": choices.chunk_size,
+        "REVERSE": choices.reverse,
         "BACKWARD": backward,
         "DOT": tl.float32 if exact else DOT[dtypes.pop()],
         "PRECISION": "tf32x3" if target.vendor == "cuda" else "ieee",

@@ -9,24 +9,28 @@ log-sum-exp. Nothing as long as the tokens is allocated but the output.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.window_attention import order
 from linfusion.kernels.window_attention.blocked_backward import attention_backward
 from linfusion.kernels.window_attention.blocks import (
     LANES,
     SCORES,
+    UNSEEN,
     Masks,
     Part,
     blocks_of,
+    count_bias,
     dense_bias,
     forward_tile,
     is_dense,
     plan,
     tiles,
 )
-from linfusion.kernels.window_attention.common import accumulator
 from linfusion.kernels.window_attention.products import Products, applies
 
 __all__ = ["attention", "attention_backward"]
@@ -46,10 +50,11 @@ def attention(
     shape: str,
     scale: float,
     tiled: bool,
+    cells: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Output [B, N, H, D] and log-sum-exp [B, N, H]; arguments as for the operator."""
     if is_dense(grid, radius, shape):
-        return _dense(q, k, v, k_all, v_all, grid, radius, shape, scale, tiled)
+        return _dense(q, k, v, k_all, v_all, grid, radius, shape, scale, tiled, cells)
     # Huge pages would save little beside the products, and cost a fifth where memory is in pieces.
     o = torch.empty(q.shape, dtype=v.dtype, device=q.device)
     lse = torch.empty(q.shape[:3], dtype=accumulator(q), device=q.device)
@@ -63,7 +68,7 @@ def attention(
     sizes = (together.queries, together.keys, together.keys)
     scratch = [torch.empty(size, dtype=dtype, device=q.device) for size in sizes]
     for b, heads, block in blocks_of(grid, radius, batch, count, together):
-        part = Part(grid, heads, tiled, q.device)
+        part = Part(grid, heads, tiled, q)
         where = (block.queries, block.keys, block.keys)
         q_b, k_b, v_b = (
             part.read(x[b], at, into) for x, at, into in zip((q, k, v), where, scratch, strict=True)
@@ -78,13 +83,19 @@ def attention(
             found = products.of_tiles(q_g, k_g, v_g, bias) if products else None
             if found is None:
                 products = None  # scores of one group are much like those of the next
-                found = attend(q_g, k_g, v_g, bias, scale)
+                found = attend_around(q_g, k_g, v_g, bias, scale)
             o_g, lse_g = found
             if k_all.shape[2]:
                 whole, k_h, v_h = q_g.flatten(1, 2), k_all[b, heads], v_all[b, heads]
-                found = products.of_all(whole, k_h, v_h) if products else None
+                found = products.of_all(whole, k_h, v_h) if products and not cells else None
                 if found is None:
-                    found = attend(whole[:, None], k_h[:, None], v_h[:, None], None, scale)
+                    counted = None
+                    if cells:
+                        part_of = block.where(group)
+                        every = k_all.shape[2]
+                        counted = count_bias(grid, cells, radius, shape, every, q, part_of)
+                    around = whole[:, None], k_h[:, None], v_h[:, None]
+                    found = attend_around(*around, counted, scale)
                 o_e, lse_e = found[0].view(q_g.shape).to(o_g.dtype), found[1].view(lse_g.shape)
                 o_g = torch.lerp(o_g, o_e, (lse_e - lse_g).sigmoid_().to(o_g.dtype)[..., None])
                 lse_g = torch.logaddexp(lse_g, lse_e)
@@ -104,14 +115,38 @@ def _dense(
     shape: str,
     scale: float,
     tiled: bool,
+    cells: tuple[int, ...] = (),
 ) -> tuple[Tensor, Tensor]:
     """Few tokens, or a window that sees them all: one call."""
     keys, values = _with(k_all, k), _with(v_all, v)
-    bias = dense_bias(grid, radius, shape, k_all.shape[1], tiled, q)
+    bias = dense_bias(grid, radius, shape, k_all.shape[1], tiled, q, cells)
     dtype = _product_dtype(q)
     q, keys, values = (x.to(dtype).transpose(1, 2) for x in (q, keys, values))
-    o, lse = attend(q, keys, values, None if bias is None else bias.to(dtype), scale)
+    bias = None if bias is None else bias.to(dtype)
+    o, lse = attend_around(q, keys, values, bias, scale)
     return o.transpose(1, 2).to(v.dtype).contiguous(), lse.transpose(1, 2).contiguous()
+
+
+def attend_around(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`attend`, where a key or value that is not finite reaches those alone that see it.
+
+    A weight of 0 times NaN would reach the whole tile. On a CPU it is looked for in the output;
+    elsewhere looking would make the device wait, and it is taken for granted.
+    """
+    if bias is None:
+        return attend(q, k, v, bias, scale)
+    if q.device.type == "cpu":
+        found = attend(q, k, v, bias, scale)
+        if math.isfinite(found[0].sum()):
+            return found
+    lost = ~(k.isfinite() & v.isfinite()).all(-1)  # [A, B, K]
+    k, v = (x.masked_fill(lost[..., None], 0) for x in (k, v))
+    o, lse = attend(q, k, v, bias, scale)
+    reached = lost.to(bias.dtype) @ (bias > UNSEEN).to(bias.dtype).mT > 0  # [A, B, q]
+    nan = float("nan")
+    return o.masked_fill(reached[..., None], nan), lse.masked_fill(reached, nan)
 
 
 def attend(

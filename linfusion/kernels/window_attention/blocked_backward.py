@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.pages import empty_output
 from linfusion.kernels.window_attention.blocks import (
     SCORES,
@@ -24,11 +25,11 @@ from linfusion.kernels.window_attention.blocks import (
     Masks,
     Part,
     blocks_of,
+    count_bias,
     dense_bias,
     is_dense,
     plan,
 )
-from linfusion.kernels.window_attention.common import accumulator
 
 Grads = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -80,10 +81,11 @@ def attention_backward(
     shape: str,
     scale: float,
     tiled: bool,
+    cells: tuple[int, ...] = (),
 ) -> Grads:
     """dq, dk, dv, dk_all and dv_all, as their tensors."""
     if is_dense(grid, radius, shape):
-        bias = dense_bias(grid, radius, shape, k_all.shape[1], tiled, q)
+        bias = dense_bias(grid, radius, shape, k_all.shape[1], tiled, q, cells)
         return _dense(do, dlse, q, k, v, k_all, v_all, o, lse, bias, scale)
     dtype = accumulator(q)
     tile = TILES[len(grid)]
@@ -98,7 +100,7 @@ def attention_backward(
     spare = [torch.empty(together.queries, dtype=dtype, device=q.device) for _ in range(5)]
     spare += [torch.empty(together.keys, dtype=dtype, device=q.device) for _ in range(2)]
     for b, heads, block in blocks_of(grid, radius, batch, count, together):
-        part = Part(grid, heads, tiled, q.device)
+        part = Part(grid, heads, tiled, q)
         rows = [
             part.read(x[b], block.queries, into)
             for x, into in zip((q, do, o, lse, dlse), spare[:5], strict=True)
@@ -120,7 +122,10 @@ def attention_backward(
                 _accumulate(queries.part(n), keys.part(m), bias, scale)
         if k_all.shape[1]:
             everywhere = Keys(*(x[b, heads] for x in (*every, *d_every)))
-            _over_all(queries, everywhere, None, scale)
+            counted = None
+            if cells:
+                counted = count_bias(grid, cells, radius, shape, k_all.shape[1], q, block.queries)
+            _over_all(queries, everywhere, counted, scale)
         part.write(dq[b], block.queries, queries.dq[:, None], 1)
         part.add(dk[b], block.keys, dk_b)
         part.add(dv[b], block.keys, dv_b)

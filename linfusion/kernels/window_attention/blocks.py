@@ -9,20 +9,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linfusion.kernels.window_attention.common import (
-    accumulator,
-    coordinates,
-    covers,
-    reach,
-    window,
-)
+from linfusion.kernels.common import accumulator
+from linfusion.kernels.window_attention.cells import log_counts
+from linfusion.kernels.window_attention.common import coordinates, covers, reach, window
 from linfusion.kernels.window_attention.order import place_of, raster_of
 
 # 32 queries, what torch's flash kernel for CPUs multiplies at a time: more would see more keys
@@ -39,6 +34,9 @@ MERGED = 64
 LANES = 16
 # Elements of the keys of a block: 12 MB in float32.
 BLOCK = 3 << 20
+
+# What a bias may be instead of -inf.
+UNSEEN = -1e30
 
 # Scores of a block where they are held at all, in elements: off the CPU, and for gradients.
 SCORES = 1 << 22
@@ -244,11 +242,9 @@ class Masks:
 class Part:
     """Some heads of [N, H, ...], N tokens of a grid in raster or tile order."""
 
-    def __init__(
-        self, grid: tuple[int, ...], heads: slice, tiled: bool, device: torch.device
-    ) -> None:
+    def __init__(self, grid: tuple[int, ...], heads: slice, tiled: bool, like: Tensor) -> None:
         self.grid, self.heads = grid, heads
-        self.places = _places(grid, device) if tiled else None
+        self.places = place_of(grid, like).view(grid) if tiled else None
 
     def read(self, x: Tensor, where: tuple[slice, ...], scratch: Tensor) -> Tensor:
         """[h, *where, ...], contiguous, in a flat buffer that is long enough, in its dtype."""
@@ -284,11 +280,6 @@ class Part:
             x.index_add_(0, self.places[where].flatten(), values.flatten(0, axes - 1))
 
 
-@lru_cache(maxsize=4)
-def _places(grid: tuple[int, ...], device: torch.device) -> Tensor:
-    return place_of(grid, device).view(grid)
-
-
 def tiles(x: Tensor, first: int, rows: int, group: Group, lanes: int = 1) -> Tensor:
     """Tiles of a block [h, R, *rest, D] as a view [h, n, rows · rest, D]; they may overlap.
 
@@ -307,15 +298,43 @@ def is_dense(grid: tuple[int, ...], radius: float, shape: str) -> bool:
 
 
 def dense_bias(
-    grid: tuple[int, ...], radius: float, shape: str, always: int, tiled: bool, q: Tensor
+    grid: tuple[int, ...],
+    radius: float,
+    shape: str,
+    always: int,
+    tiled: bool,
+    q: Tensor,
+    cells: tuple[int, ...] = (),
 ) -> Tensor | None:
-    """[N, always + N], 0 where a key is seen and -inf elsewhere; None if every key is."""
-    if covers(grid, radius, shape):
+    """[N, always + N], 0 where a key is seen and -inf elsewhere; None if every key is.
+
+    The last of the keys that come before stand for `cells`, if there are any.
+    """
+    if covers(grid, radius, shape) and not cells:
         return None
     at = coordinates(grid, q.device)
     if tiled:
-        at = [x[raster_of(grid, q.device)] for x in at]
+        at = [x[raster_of(grid, q)] for x in at]
     seen = window([x[:, None] - x[None, :] for x in at], radius, shape)
     bias = torch.zeros(len(seen), always + len(seen), dtype=accumulator(q), device=q.device)
     bias[:, always:].masked_fill_(~seen, float("-inf"))
+    if cells:
+        counted = count_bias(grid, cells, radius, shape, always, q)
+        bias[:, :always] = counted[raster_of(grid, q)] if tiled else counted
     return bias
+
+
+def count_bias(
+    grid: tuple[int, ...],
+    cells: tuple[int, ...],
+    radius: float,
+    shape: str,
+    always: int,
+    q: Tensor,
+    where: tuple[slice, ...] | None = None,
+) -> Tensor:
+    """[queries, always]: 0 for the text, then the logarithm of the tokens a cell stands for."""
+    counted = log_counts(grid, cells, radius, shape, q, where)
+    # Of a row of -inf alone torch's flash kernel returns 0 as the log-sum-exp.
+    counted = counted.clamp(min=UNSEEN)
+    return F.pad(counted, (always - counted.shape[1], 0))

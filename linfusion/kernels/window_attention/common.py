@@ -10,11 +10,6 @@ from torch import Tensor
 SHAPES = ("disc", "square")
 
 
-def accumulator(x: Tensor) -> torch.dtype:
-    """The dtype of scores and sums: float64 for float64 inputs, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def bounded(radius: float, grid: tuple[int, ...]) -> float:
     """The radius, but no larger than it takes to see everything, whatever the shape."""
     return min(radius, float(sum(grid)))

@@ -13,12 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linfusion.kernels.common import accumulator
 from linfusion.kernels.library import LIBRARY, register
-from linfusion.kernels.window_attention.common import accumulator, bounded
+from linfusion.kernels.window_attention.common import bounded
 
-_CHOICES = "SymInt[] grid, float radius, str shape, float scale, bool tiled, str impl"
+_CHOICES = (
+    "SymInt[] grid, float radius, str shape, float scale, bool tiled, SymInt[] cells, str impl"
+)
 
-# Every query sees k_all and v_all [B, T, H, D], of which there may be none: T = 0.
+# Every query sees k_all and v_all [B, T, H, D], of which there may be none: T = 0. With `cells`,
+# which may be empty, the last of them stand for the cells of the grid (`cells`).
 LIBRARY.define(
     "window_attention(Tensor q, Tensor k, Tensor v, Tensor k_all, Tensor v_all, "
     f"{_CHOICES}) -> (Tensor o, Tensor lse)"
@@ -41,11 +45,12 @@ def window_attention(
     shape: str,
     scale: float,
     tiled: bool,
+    cells: tuple[int, ...],
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """The registered operator; [B, N, H, D] in the dtype of v and [B, N, H]."""
     return torch.ops.linfusion.window_attention(
-        q, k, v, k_all, v_all, grid, radius, shape, scale, tiled, impl
+        q, k, v, k_all, v_all, grid, radius, shape, scale, tiled, cells, impl
     )
 
 
@@ -64,10 +69,11 @@ def _attention(
     shape: str,
     scale: float,
     tiled: bool,
+    cells: tuple[int, ...],
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     size = tuple(grid)
-    choices = (size, bounded(radius, size), shape, scale, tiled)
+    choices = (size, bounded(radius, size), shape, scale, tiled, tuple(cells))
     return _kernels(impl).attention(q, k, v, k_all, v_all, *choices)
 
 
@@ -86,10 +92,11 @@ def _attention_backward(
     shape: str,
     scale: float,
     tiled: bool,
+    cells: tuple[int, ...],
     impl: str,
 ) -> tuple[Tensor, ...]:
     size = tuple(grid)
-    choices = (size, bounded(radius, size), shape, scale, tiled)
+    choices = (size, bounded(radius, size), shape, scale, tiled, tuple(cells))
     tensors = (do, dlse, q, k, v, k_all, v_all, o, lse)
     return _kernels(impl).attention_backward(*tensors, *choices)
 
@@ -105,14 +112,14 @@ def _attention_backward_fake(
 
 
 def _attention_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.grid, ctx.radius, ctx.shape, ctx.scale, ctx.tiled, ctx.impl = inputs
+    *tensors, ctx.grid, ctx.radius, ctx.shape, ctx.scale, ctx.tiled, ctx.cells, ctx.impl = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _attention_grad(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    choices = (ctx.grid, ctx.radius, ctx.shape, ctx.scale, ctx.tiled, ctx.impl)
+    choices = (ctx.grid, ctx.radius, ctx.shape, ctx.scale, ctx.tiled, ctx.cells, ctx.impl)
     grads = torch.ops.linfusion.window_attention_backward(do, dlse, *ctx.saved_tensors, *choices)
-    return *grads, None, None, None, None, None, None
+    return *grads, None, None, None, None, None, None, None
 
 
 def _grad_of_grad(ctx: Any, *_: Any) -> None:

@@ -41,7 +41,7 @@ class TileOrder:
             ValueError: `x` has another number of tokens there.
         """
         self._check(x, dim)
-        return x.index_select(dim, raster_of(self.grid, x.device))
+        return x.index_select(dim, raster_of(self.grid, x))
 
     def undo(self, x: Tensor, dim: int = 1) -> Tensor:
         """`x` with its tokens along `dim` taken from tile order to raster order.
@@ -50,7 +50,7 @@ class TileOrder:
             ValueError: `x` has another number of tokens there.
         """
         self._check(x, dim)
-        return x.index_select(dim, place_of(self.grid, x.device))
+        return x.index_select(dim, place_of(self.grid, x))
 
     def _check(self, x: Tensor, dim: int) -> None:
         tokens = math.prod(self.grid)
@@ -61,16 +61,38 @@ class TileOrder:
             )
 
 
-def raster_of(grid: tuple[int, ...], device: torch.device) -> Tensor:
-    """Which raster token lies at each place of tile order, [N] int64."""
-    place = place_of(grid, device)
-    return torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=device))
+def raster_of(grid: tuple[int, ...], like: Tensor) -> Tensor:
+    """Which raster token lies at each place of tile order, [N] int64 on the device of `like`."""
+    return _index("raster", grid, like)
 
 
-def place_of(grid: tuple[int, ...], device: torch.device) -> Tensor:
-    """At which place of tile order each raster token lies, [N] int64.
+def place_of(grid: tuple[int, ...], like: Tensor) -> Tensor:
+    """At which place of tile order each raster token lies, [N] int64 on the device of `like`."""
+    return _index("place", grid, like)
 
-    Before a token lie the slabs of whole tiles above it, then the same within its slab, axis by
+
+_MADE: dict[tuple[str, tuple[int, ...], torch.device], Tensor] = {}
+
+
+def _index(kind: str, grid: tuple[int, ...], like: Tensor) -> Tensor:
+    """Made once a grid and device, and kept for good, as captured graphs hold its address.
+
+    Where tensors are not real, in a compiler or a dry run, it is made each time.
+    """
+    if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
+        return _make(kind, grid, like.device)
+    key = (kind, grid, like.device)
+    if key not in _MADE:
+        with torch.inference_mode(False):
+            made = _make(kind, grid, like.device)
+        if type(made) is not Tensor:
+            return made
+        _MADE[key] = made
+    return _MADE[key]
+
+
+def _make(kind: str, grid: tuple[int, ...], device: torch.device) -> Tensor:
+    """Before a token lie the slabs of whole tiles above it, then the same within its slab, axis by
     axis; and within its tile the rows above it, of a tile that may be cut short by the grid.
     """
     place = torch.zeros(grid, dtype=torch.int64, device=device)
@@ -95,4 +117,7 @@ def place_of(grid: tuple[int, ...], device: torch.device) -> Tensor:
         for length in sides[axis + 1 :]:
             rows = rows * length
         place = place + above + rows
-    return place.view(-1)
+    place = place.view(-1)
+    if kind == "place":
+        return place
+    return torch.empty_like(place).scatter_(0, place, torch.arange(len(place), device=device))

@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from linfusion.kernels import onednn
-
+AVX512_BF16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 LN_2 = math.log(2)
 SCORES = 1 << 21  # at a time, in bytes: what the caches of two cores hold beside their factors
 LEAST = 12 << 20  # bytes of queries; with fewer, little is gained, and scratch outweighs the output
@@ -26,9 +26,9 @@ _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 def applies(q: Tensor, dtype: torch.dtype) -> bool:
     """Whether products in that dtype are the faster way for queries q."""
-    if q.device.type != "cpu" or not onednn.AVX512_BF16 or onednn.AMX or q.nbytes < LEAST:
+    if q.device.type != "cpu" or not AVX512_BF16 or AMX or q.nbytes < LEAST:
         return False
-    return dtype == torch.bfloat16 or (dtype == torch.float32 and onednn.serves())
+    return dtype == torch.bfloat16
 
 
 class Products:
@@ -57,15 +57,14 @@ class Products:
         o, sums = self._results(q, v)
         step = max(1, SCORES // (bias.numel() * bias.element_size()))
         together = max(1, step // tiles)
-        with onednn.float32_products():
-            for i in range(0, heads, together):
-                for j in range(0, tiles, step):
-                    part = slice(i, i + together), slice(j, j + step)
-                    # Overlapping tiles would be copied for every product.
-                    q_p, k_p = self._copied("queries", q[part]), self._copied("keys", k[part])
-                    p = self._weights(q_p, k_p, self._seen, sums[part].flatten(0, 1))
-                    v_p = self._copied("keys", v[part])  # over those
-                    torch.bmm(p.mT, v_p, out=o[part].flatten(0, 1))
+        for i in range(0, heads, together):
+            for j in range(0, tiles, step):
+                part = slice(i, i + together), slice(j, j + step)
+                # Overlapping tiles would be copied for every product.
+                q_p, k_p = self._copied("queries", q[part]), self._copied("keys", k[part])
+                p = self._weights(q_p, k_p, self._seen, sums[part].flatten(0, 1))
+                v_p = self._copied("keys", v[part])  # over those
+                torch.bmm(p.mT, v_p, out=o[part].flatten(0, 1))
         return _divided(o, sums)
 
     def of_all(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -76,11 +75,10 @@ class Products:
         """
         o, sums = self._results(q, v)
         step = max(1, SCORES // (len(k) * k.shape[1] * k.element_size()))
-        with onednn.float32_products():
-            for j in range(0, q.shape[1], step):
-                n = slice(j, j + step)
-                p = self._weights(q[:, n], k, None, sums[:, n])
-                torch.bmm(p.mT, v, out=o[:, n])
+        for j in range(0, q.shape[1], step):
+            n = slice(j, j + step)
+            p = self._weights(q[:, n], k, None, sums[:, n])
+            torch.bmm(p.mT, v, out=o[:, n])
         return _divided(o, sums)
 
     def _weights(self, q: Tensor, k: Tensor, seen: Tensor | None, sums: Tensor) -> Tensor:
@@ -130,4 +128,6 @@ def _divided(o: Tensor, sums: Tensor) -> tuple[Tensor, Tensor] | None:
     low, high = (x.item() for x in sums.aminmax())
     if not (least < low and high < most):  # nor if one is NaN
         return None
-    return o.float().div_(sums[..., None]), sums.log_()
+    o = o.float().div_(sums[..., None])
+    # A value that is not finite, times a weight of 0, reaches tokens that do not see it.
+    return (o, sums.log_()) if math.isfinite(o.sum()) else None

@@ -7,8 +7,12 @@ attention is as fast and better; above it, image-to-image stages run with local 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
 
 from linfusion.layers.record import MARKER, record_of
 from linfusion.linearize import as_softmax, linearize, restore
@@ -16,6 +20,9 @@ from linfusion.pipelines.highres.hosts import denoiser, is_transformer, window_o
 from linfusion.pipelines.highres.stages import Job, Stage
 
 Clear = Mapping[str, Any] | bool
+
+_LOCK = threading.Lock()
+_TURNS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # a lock for each transformer
 
 
 def check_clear(pipe: Any, clear: Clear) -> None:
@@ -45,17 +52,29 @@ def check_clear(pipe: Any, clear: Clear) -> None:
 
 @contextlib.contextmanager
 def with_windows(pipe: Any, clear: Clear) -> Iterator[None]:
-    """Within, a transformer attends as in the later stages; then it is as it was, to the bit."""
-    if not is_transformer(pipe) or clear is False or record_of(denoiser(pipe)) is not None:
+    """Within, a transformer attends as in the later stages; then it is as it was, to the bit.
+
+    Its layers are other ones for that time, so runs that share a transformer wait for one another.
+    """
+    if not is_transformer(pipe) or clear is False:
         yield
         return
-    given = dict(clear) if isinstance(clear, Mapping) else {}
-    trained = "weights" in given or MARKER in denoiser(pipe).config
-    linearize(pipe, "clear", **(window_options(pipe, trained=trained) | given))
-    try:
-        yield
-    finally:
-        restore(pipe)
+    with _turn_of(denoiser(pipe)):
+        if record_of(denoiser(pipe)) is not None:
+            yield
+            return
+        given = dict(clear) if isinstance(clear, Mapping) else {}
+        trained = "weights" in given or MARKER in denoiser(pipe).config
+        linearize(pipe, "clear", **(window_options(pipe, trained=trained) | given))
+        try:
+            yield
+        finally:
+            restore(pipe)
+
+
+def _turn_of(model: nn.Module) -> Any:
+    with _LOCK:
+        return _TURNS.setdefault(model, threading.RLock())
 
 
 @contextlib.contextmanager

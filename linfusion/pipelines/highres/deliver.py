@@ -16,7 +16,7 @@ from PIL import Image
 from linfusion.files.picture_reader import bytes_needed, writer
 from linfusion.pipelines.highres.denoise import whole_picture
 from linfusion.pipelines.highres.forecast import latent_size
-from linfusion.pipelines.highres.stages import Job
+from linfusion.pipelines.highres.stages import Job, Stage
 
 Bands = Generator[np.ndarray, None, None]
 
@@ -33,9 +33,9 @@ def write_bands(job: Job, bands: Bands, about: dict[str, Any]) -> Path:
     return job.output
 
 
-def as_images(job: Job, bands: Bands) -> Any:
-    """One picture as the job's `output_type` asks for it."""
-    picture = whole_picture(bands, job.height, job.width)
+def as_images(job: Job, bands: Bands, stage: Stage) -> Any:
+    """One picture, of that stage, as the job's `output_type` asks for it."""
+    picture = whole_picture(bands, stage.height, stage.width)
     if job.output_type == "pil":
         return [Image.fromarray(picture)]
     values = picture[None].astype(np.float32) / 255

@@ -8,13 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from linfusion.bands.around import Wrapper, around
 from linfusion.files.enlarged import Enlarged
 from linfusion.pipelines.highres.guided import Guide
-from linfusion.pipelines.highres.hosts import controlnets, denoiser, is_transformer, unpacked
+from linfusion.pipelines.highres.hosts import called, controlnets, is_transformer, unpacked
 from linfusion.pipelines.highres.low_resolution_guidance import Projection
 from linfusion.pipelines.highres.stages import Job, Stage, as_picture, parameters_of
 from linfusion.pipelines.state import Replay
@@ -36,6 +35,7 @@ def denoise(
     on_step: OnStep,
     tensors: list[str],
     outside: Wrapper | None = None,
+    as_shown: Callable[[Any], Any] = as_picture,
 ) -> Tensor:
     """Run a stage and return its latents, [1, C, H/8, W/8].
 
@@ -49,9 +49,12 @@ def denoise(
         on_step: called after each step that is not a replayed one.
         tensors: names of what it is to get beside the latents.
         outside: goes around the denoiser's forward and all that is around it already.
+        as_shown: a ControlNet's picture, rows of uint8, as its pipeline takes it.
     """
     runs = pipe if stage.strength is None else sibling
-    model = denoiser(pipe)
+    model = called(pipe)
+    if hasattr(pipe, "_pag_attn_processors"):  # those `linearize` gave it
+        sibling._pag_attn_processors = pipe._pag_attn_processors
     call = {k: v for k, v in job.call.items() if k in parameters_of(runs)}
     call["guidance_scale"] = stage.guidance_scale
     guide = projection = None
@@ -63,15 +66,9 @@ def denoise(
         if stage.pull:
             projection = Projection(runs, stage, start)
         if job.steers:
-            guide = Guide(
-                model,
-                pipe.scheduler,
-                start,
-                _noise_to_come(start, generator),
-                stage.ratio,
-                job.scales,
-            )
-    call |= _control(job, stage, previous, runs)
+            noise = _noise_to_come(start, generator)
+            guide = Guide(pipe.scheduler, start, noise, stage.ratio, job.scales)
+    call |= _control(job, stage, previous, runs, as_shown)
 
     def after(runs: Any, i: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
         if i + 1 <= replay.done:
@@ -106,7 +103,13 @@ def denoise(
     return unpacked(pipe, latents, stage.height, stage.width)
 
 
-def _control(job: Job, stage: Stage, previous: Enlarged | None, runs: Any) -> dict[str, Any]:
+def _control(
+    job: Job,
+    stage: Stage,
+    previous: Enlarged | None,
+    runs: Any,
+    as_shown: Callable[[Any], Any],
+) -> dict[str, Any]:
     """The ControlNets' pictures at the size of the stage."""
     if job.control is None:
         return {}
@@ -114,13 +117,14 @@ def _control(job: Job, stage: Stage, previous: Enlarged | None, runs: Any) -> di
     more: dict[str, Any] = {}
     if isinstance(job.control, str):
         if previous is None:  # nothing to look at yet
-            pictures = [Image.new("RGB", (stage.width, stage.height))] * len(nets)
+            blank = np.broadcast_to(np.uint8(0), (stage.height, stage.width, 3))
+            pictures = [as_shown(blank)] * len(nets)
             more["controlnet_conditioning_scale"] = 0.0 if len(nets) == 1 else [0.0] * len(nets)
         else:
-            pictures = [as_picture(previous)] * len(nets)
+            pictures = [as_shown(previous)] * len(nets)
     else:
         resized = (Enlarged(control, stage.height, stage.width) for control in job.control)
-        pictures = [as_picture(r) for r in resized]
+        pictures = [as_shown(r) for r in resized]
     given = pictures[0] if len(nets) == 1 else pictures
     name = "image" if stage.strength is None and not is_transformer(runs) else "control_image"
     if stage.strength is not None:

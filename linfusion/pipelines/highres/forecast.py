@@ -1,4 +1,4 @@
-"""Finding what a run will take before it starts: dry runs for memory, a few real ones for time."""
+"""Finding what a run will take before it starts, by dry runs of the pipeline itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,19 @@ from torch import Tensor, nn
 
 from linfusion.bands.bounded import bounded
 from linfusion.bands.budget import Ledger, parse_bytes, weight_bytes
+from linfusion.bands.hollow import Hollow, hollow
+from linfusion.bands.hosts import wait_for
 from linfusion.bands.vae import decode_rows, encode_rows
 from linfusion.files.enlarged import Enlarged
-from linfusion.files.picture_reader import bytes_needed
 from linfusion.pipelines.highres.cascade import as_drawn, laid_aside
 from linfusion.pipelines.highres.denoise import denoise
-from linfusion.pipelines.highres.hosts import controlnets, denoiser, is_transformer, native_size
-from linfusion.pipelines.highres.plan import Plan, Work
+from linfusion.pipelines.highres.hosts import denoiser
+from linfusion.pipelines.highres.plan import Work
 from linfusion.pipelines.highres.stages import Job, Stage
 from linfusion.pipelines.state import Replay
 
 LATENTS_HELD = 8  # copies that pipeline, scheduler and guidance hold while the UNet runs
 PULLED = 6  # more in float32, that low-resolution guidance holds after the forward
-_SECONDS = 1.0  # a forward that takes as long is one to extrapolate from
 
 
 class Memory:
@@ -147,42 +146,10 @@ def _put_back(pipe: Any, name: str, value: Any) -> None:
         setattr(pipe, name, value)
 
 
-def make_plan(
-    pipe: Any,
-    sibling: Any,
-    job: Job,
-    memory_budget: int | str | None,
-    scratch: Path | None,
-    *,
-    measure: bool,
-) -> Plan:
-    """`forecast`, and with `measure` the time, from a few forwards at small size."""
-    works = forecast(pipe, sibling, job, memory_budget, scratch)
-    budget = None if memory_budget is None else parse_bytes(memory_budget)
-    memory = Memory(pipe, job, budget)
-    if measure:
-        paces = _paces(pipe, sibling, job, memory, scratch)
-        works = tuple(replace(w, seconds=w.steps * paces[w.what](w.flops)) for w in works)
-    on_cpu = pipe._execution_device.type == "cpu"
-    output = job.output
-    return Plan(
-        work=works,
-        weights_bytes=memory.weights,
-        process_bytes=max(0, _resident() - memory.weights) if on_cpu else 0,
-        memory_budget=budget,
-        output_bytes=None if output is None else bytes_needed(output, job.width, job.height),
-        free_bytes=None if output is None else shutil.disk_usage(output.parent).free,
-    )
-
-
-def engine_for(
-    pipe: Any, memory: Memory, stage: Stage, scratch: Path | None, *, dry: bool = False
-) -> Any:
-    """`bounded` with what the budget leaves to a stage."""
-    if is_transformer(pipe) and controlnets(pipe):
-        return contextlib.nullcontext()  # HighResPipeline has refused a budget
+def engine_for(pipe: Any, memory: Memory, stage: Stage, scratch: Path | None) -> Any:
+    """`bounded` with what the budget leaves to a stage; without one, the pipeline as it is."""
     share = memory.share("denoise", stage.height, stage.width)
-    return bounded(pipe, share, scratch=scratch, dry=dry)
+    return contextlib.nullcontext() if share is None else bounded(pipe, share, scratch=scratch)
 
 
 def _pieces(job: Job) -> Iterator[tuple[str, Stage, int]]:
@@ -210,7 +177,7 @@ def _dry(
     """What a piece will take, or None where the budget is too small for it."""
     share = memory.share(what, stage.height, stage.width)
     try:
-        ledger, _ = _run(pipe, sibling, job, memory, scratch, what, stage, dry=True)
+        ledger, _ = run_once(pipe, sibling, job, memory, scratch, what, stage, dry=True)
     except ValueError as error:
         if share is not None and str(error).startswith("memory_budget:"):
             return None
@@ -233,7 +200,7 @@ class _Enough(Exception):
     """One forward was run."""
 
 
-def _run(
+def run_once(
     pipe: Any,
     sibling: Any,
     job: Job,
@@ -244,21 +211,47 @@ def _run(
     *,
     dry: bool,
 ) -> tuple[Ledger, float]:
-    """One step, one decoding or one encoding at the size of a stage, and its seconds."""
-    share = memory.share(what, stage.height, stage.width)
-    latents = None if stage.strength is None and what == "denoise" else _latents(pipe, stage, dry)
-    if what == "denoise":
-        return _one_step(pipe, sibling, job, share, scratch, stage, latents, dry=dry)
-    ledger = Ledger(weights_bytes=memory.of_vae)
-    begun = time.perf_counter()
-    if what == "decode":
-        assert latents is not None
-        for _ in decode_rows(pipe.vae, latents, memory_budget=share, ledger=ledger, dry=dry):
-            pass
-    else:
-        picture = np.broadcast_to(np.uint8(127), (stage.height, stage.width, 3))
-        encode_rows(pipe.vae, picture, memory_budget=share, ledger=ledger, dry=dry)
-    return ledger, time.perf_counter() - begun
+    """One step, one decoding or one encoding at the size of a stage, and its seconds.
+
+    A dry run makes no large tensor; without a budget it counts what there is without bands.
+    """
+    with Hollow() if dry else contextlib.nullcontext():
+        share = memory.share(what, stage.height, stage.width)
+        latents = None
+        if stage.strength is not None or what != "denoise":
+            make = torch.zeros if dry else torch.randn
+            shape = (1, pipe.vae.config.latent_channels, *latent_size(pipe, stage))
+            latents = make(shape).to(pipe._execution_device, latents_dtype(pipe))
+        if what == "denoise":
+            return _one_step(pipe, sibling, job, share, scratch, stage, latents, dry=dry)
+        ledger = Ledger(weights_bytes=memory.of_vae)
+        with _Clock(pipe._execution_device) as clock:
+            if what == "decode":
+                assert latents is not None
+                for _ in decode_rows(
+                    pipe.vae, latents, memory_budget=share, ledger=ledger, dry=dry
+                ):
+                    pass
+            else:
+                picture = np.broadcast_to(np.uint8(127), (stage.height, stage.width, 3))
+                encode_rows(pipe.vae, picture, memory_budget=share, ledger=ledger, dry=dry)
+        return ledger, clock.seconds
+
+
+class _Clock:
+    """Seconds of what is done within, also on an accelerator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, 0.0
+
+    def __enter__(self) -> _Clock:
+        wait_for(self.device)
+        self.begun = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        wait_for(self.device)
+        self.seconds = time.perf_counter() - self.begun
 
 
 def _one_step(
@@ -273,16 +266,17 @@ def _one_step(
     dry: bool,
 ) -> tuple[Ledger, float]:
     """The pipeline's own call up to the end of its first forward, whose seconds count."""
-    seconds = 0.0
+    clock = _Clock(pipe._execution_device)
 
     def first(forward: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal seconds
-        begun = time.perf_counter()
-        forward(*args, **kwargs)
-        seconds = time.perf_counter() - begun
+        with clock:
+            forward(*args, **kwargs)
         raise _Enough
 
-    with as_drawn(pipe, job, stage), bounded(pipe, share, scratch=scratch, dry=dry) as ledger:
+    engine: Any = contextlib.nullcontext(Ledger())
+    if dry or share is not None:
+        engine = bounded(pipe, share, scratch=scratch, dry=dry, in_bands=share is not None)
+    with as_drawn(pipe, job, stage), engine as ledger:
         try:
             denoise(
                 pipe,
@@ -297,16 +291,16 @@ def _one_step(
                 on_step=lambda *_: {},
                 tensors=[],
                 outside=first,
+                as_shown=_blank,
             )
         except _Enough:
             pipe.maybe_free_model_hooks()
-    return ledger, seconds
+    return ledger, clock.seconds
 
 
-def _latents(pipe: Any, stage: Stage, dry: bool) -> Tensor:
-    shape = (1, pipe.vae.config.latent_channels, *latent_size(pipe, stage))
-    make = torch.zeros if dry else torch.randn
-    return make(shape).to(pipe._execution_device, latents_dtype(pipe))
+def _blank(picture: Any) -> Tensor:
+    """A picture of the same size, without its pixels."""
+    return hollow((1, 3, *picture.shape[:2]), torch.float32, torch.device("cpu"))
 
 
 def _smallest(
@@ -337,38 +331,6 @@ def _smallest(
     return low
 
 
-def _paces(
-    pipe: Any, sibling: Any, job: Job, memory: Memory, scratch: Path | None
-) -> dict[str, Callable[[int], float]]:
-    """For each kind of work, the seconds that so many flops take at large size."""
-    last = job.stages[-1]
-    paces = {}
-    for what in ("denoise", "decode", "encode"):
-        side = native_size(pipe)
-        taken: list[tuple[int, float]] = []
-        while True:
-            at = replace(last, height=min(side, last.height), width=min(side, last.width))
-            small = replace(job, stages=(at,))
-            rest = Memory(pipe, small, memory.budget)
-            if not taken:  # the first call of all sets things up
-                _run(pipe, sibling, small, rest, scratch, what, at, dry=False)
-            ledger, seconds = _run(pipe, sibling, small, rest, scratch, what, at, dry=False)
-            taken.append((ledger.flops, seconds))
-            if seconds > _SECONDS or side >= max(last.height, last.width):
-                break
-            side *= 2
-        paces[what] = _line(taken)
-    return paces
-
-
-def _line(taken: list[tuple[int, float]]) -> Callable[[int], float]:
-    """Seconds by flops, through the first and the last of what was measured."""
-    (f0, s0), (f1, s1) = taken[0], taken[-1]
-    slope = (s1 - s0) / (f1 - f0) if f1 > f0 and s1 > s0 else s1 / f1
-    fixed = max(0.0, s1 - slope * f1)
-    return lambda flops: fixed + slope * flops
-
-
 def latent_size(pipe: Any, stage: Stage) -> tuple[int, int]:
     """Height and width of a stage's latents."""
     return stage.height // pipe.vae_scale_factor, stage.width // pipe.vae_scale_factor
@@ -378,10 +340,3 @@ def latents_dtype(pipe: Any) -> torch.dtype:
     """The dtype that the pipelines give to latents: that of the prompt's embedding."""
     encoders = (getattr(pipe, name, None) for name in ("text_encoder_2", "text_encoder"))
     return next((part for part in encoders if part is not None), denoiser(pipe)).dtype
-
-
-def _resident() -> int:
-    """Bytes that this process holds now."""
-    import psutil
-
-    return psutil.Process().memory_info().rss

@@ -20,15 +20,14 @@ same blend: the UNet's forward is wrapped and the pipeline's own loop runs. (A s
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 Statistics = tuple[Tensor, Tensor]  # mean and deviation of each channel, [B, C, 1, 1]
 
@@ -51,27 +50,46 @@ def weights(t: float, timesteps: int, scales: Scales) -> tuple[float, float, flo
     return c1, c2, 0.99 * c3 + 0.01
 
 
-@contextlib.contextmanager
-def dilated(unet: nn.Module, ratio: int) -> Iterator[None]:
-    """Within, every convolution of more than one pixel reads pixels `ratio` times as far apart.
+class Dilated(TorchFunctionMode):
+    """Within, convolutions of more than one pixel read pixels `ratio` times as far apart.
 
-    Padding grows as dilation does, so sizes stay. On leaving, all is as it was.
+    Padding grows as dilation does, so sizes stay. The layers are not touched: other threads call
+    them as they are.
     """
-    before = []
-    try:
-        for conv in unet.modules():
-            if isinstance(conv, nn.Conv2d) and max(conv.kernel_size) > 1:
-                reversed_padding = conv._reversed_padding_repeated_twice
-                before.append((conv, conv.dilation, conv.padding, reversed_padding))
-                conv.dilation = tuple(d * ratio for d in conv.dilation)
-                if not isinstance(conv.padding, str):
-                    conv.padding = tuple(p * ratio for p in conv.padding)
-                conv._reversed_padding_repeated_twice = [p * ratio for p in reversed_padding]
-        yield
-    finally:
-        for conv, dilation, padding, reversed_padding in before:
-            conv.dilation, conv.padding = dilation, padding
-            conv._reversed_padding_repeated_twice = reversed_padding
+
+    def __init__(self, ratio: int) -> None:
+        super().__init__()
+        self.ratio = ratio
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.conv2d and max(args[1].shape[2:]) > 1:
+            return self._conv2d(*args, **kwargs)
+        # What a convolution with a padding_mode does first.
+        if func is F.pad and kwargs.get("mode", "constant") != "constant":
+            return F.pad(args[0], [p * self.ratio for p in args[1]], *args[2:], **kwargs)
+        return func(*args, **kwargs)
+
+    def _conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        if not isinstance(padding, str):
+            padding = self._wider(padding)
+        return F.conv2d(x, weight, bias, stride, padding, self._wider(dilation), groups)
+
+    def _wider(self, value: Any) -> Any:
+        return tuple(
+            v * self.ratio for v in (value if isinstance(value, tuple) else (value, value))
+        )
 
 
 def blur(x: Tensor, ratio: int, sigma: float) -> Tensor:
@@ -82,9 +100,8 @@ def blur(x: Tensor, ratio: int, sigma: float) -> Tensor:
     reach = min(ratio - 1, math.ceil(8 * sigma))
     if reach == 0:
         return x
-    at = torch.arange(-reach, reach + 1, dtype=torch.float64)
-    kernel = torch.exp(-0.5 * (at / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).to(x.device, torch.float32)
+    weights = [math.exp(-0.5 * (i / sigma) ** 2) for i in range(-reach, reach + 1)]
+    kernel = torch.tensor([w / sum(weights) for w in weights], device=x.device)
     channels = x.shape[1]
     out = x.float()
     for shape, padding in (((1, 1, -1, 1), (reach, 0)), ((1, 1, 1, -1), (0, reach))):
@@ -111,7 +128,6 @@ class Guide:
     """One stage of the recipe.
 
     Attributes:
-        unet: whose forward `blend` stands in for.
         scheduler: of the pipeline that runs the stage.
         start: x₀, the latents of the enlarged picture [1, C, h, w].
         noise: ε, the noise the pipeline itself started from.
@@ -119,7 +135,6 @@ class Guide:
         scales: the recipe's constants.
     """
 
-    unet: nn.Module
     scheduler: Any
     start: Tensor
     noise: Tensor
@@ -135,7 +150,7 @@ class Guide:
         plain = forward(sample, timestep, *args, **kwargs)[0]
         blurred = blur(sample, self.ratio, self.scales.gaussian_sigma * c3)
         blurred = restandardise(blurred, statistics(sample))
-        with dilated(self.unet, self.ratio):
+        with Dilated(self.ratio):
             wide = forward(blurred, timestep, *args, **kwargs)[0]
         return (torch.lerp(plain.float(), wide.float(), c2).to(plain.dtype),)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import AutoPipelineForImage2Image
+from diffusers import AutoencoderKL, AutoPipelineForImage2Image
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
-from linfusion.bands.hosts import TRANSFORMERS
+from linfusion.bands.hosts import TRANSFORMERS, unwrapped
 
 _ACCEPTED = (
     "accepted is a text-to-image pipeline with a UNet, FLUX's or Stable Diffusion 3's transformer,"
@@ -48,20 +49,29 @@ SHIFT = 3.0  # of the flow in their later stages
 WINDOW = {"radius": 8, "ntk": 10.0, "proportional": True}
 
 
-def denoiser(pipe: Any) -> Any:
-    """The UNet or the transformer of a pipeline."""
+def called(pipe: Any) -> Any:
+    """What the pipeline calls to denoise: UNet or transformer, or what it was compiled to."""
     unet = getattr(pipe, "unet", None)
     return pipe.transformer if unet is None else unet
 
 
+def denoiser(pipe: Any) -> Any:
+    """The UNet or the transformer of a pipeline."""
+    return unwrapped(called(pipe))
+
+
 def is_transformer(pipe: Any) -> bool:
     """Whether FLUX's or Stable Diffusion 3's transformer denoises."""
-    return type(getattr(pipe, "transformer", None)).__name__ in TRANSFORMERS
+    return _transformer(pipe) in TRANSFORMERS
 
 
 def is_packed(pipe: Any) -> bool:
     """Whether the pipeline's latents are tokens of two by two latent pixels, as FLUX's are."""
-    return type(getattr(pipe, "transformer", None)).__name__ == TRANSFORMERS[0]
+    return _transformer(pipe) == TRANSFORMERS[0]
+
+
+def _transformer(pipe: Any) -> str:
+    return type(unwrapped(getattr(pipe, "transformer", None))).__name__
 
 
 def recipe(pipe: Any) -> Recipe:
@@ -96,6 +106,8 @@ def image_to_image(pipe: Any) -> Any:
     """
     if not isinstance(getattr(pipe, "unet", None), nn.Module) and not is_transformer(pipe):
         raise ValueError(f"pipe: got {type(pipe).__name__}; {_ACCEPTED}")
+    if reason := _unfit(pipe):
+        raise ValueError(f"pipe: {type(pipe).__name__} {reason}; {_ACCEPTED}")
     try:
         sibling = AutoPipelineForImage2Image.from_pipe(pipe)
     except ValueError as error:
@@ -112,6 +124,30 @@ def image_to_image(pipe: Any) -> Any:
     if is_packed(pipe) and controlnets(pipe):
         _take_latents(sibling)
     return sibling
+
+
+def _unfit(pipe: Any) -> str | None:
+    """Why a pipeline does not draw from a prompt alone what its VAE decodes, or None."""
+    takes = inspect.signature(type(pipe).__call__).parameters
+    if "strength" in takes and "mask_image" not in takes:
+        return "is image-to-image"
+    if "mask_image" in takes:
+        return "fills masks"
+    if "prompt" not in takes:
+        return "draws from no prompt"
+    if not isinstance(unwrapped(getattr(pipe, "vae", None)), AutoencoderKL):
+        return f"has no AutoencoderKL as its vae, but {type(getattr(pipe, 'vae', None)).__name__}"
+    if "control_image" in takes and not controlnets(pipe):
+        return "draws after a control picture"
+    if "original_inference_steps" in takes:
+        return (
+            "has steps and a guidance of its own; its UNet runs in a StableDiffusionPipeline with"
+            " an LCMScheduler"
+        )
+    channels = denoiser(pipe).config.in_channels // (4 if is_packed(pipe) else 1)
+    if channels != (latents := pipe.vae.config.latent_channels):
+        return f"denoises {channels} channels, of which its VAE has {latents}"
+    return None
 
 
 def _take_latents(sibling: Any) -> None:

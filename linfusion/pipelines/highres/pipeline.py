@@ -21,15 +21,10 @@ from linfusion.files.enlarged import Enlarged
 from linfusion.pipelines.highres.cascade import as_drawn, check_clear, pooled_by, with_windows
 from linfusion.pipelines.highres.deliver import as_images, check_disk, write_bands
 from linfusion.pipelines.highres.denoise import denoise, whole_picture
-from linfusion.pipelines.highres.forecast import (
-    Memory,
-    engine_for,
-    forecast,
-    latents_dtype,
-    make_plan,
-)
+from linfusion.pipelines.highres.forecast import Memory, engine_for, forecast, latents_dtype
 from linfusion.pipelines.highres.guided import Scales, Statistics, restandardise, statistics
 from linfusion.pipelines.highres.hosts import controlnets, image_to_image, is_transformer
+from linfusion.pipelines.highres.pace import make_plan
 from linfusion.pipelines.highres.plan import Plan
 from linfusion.pipelines.highres.progress import advance, decode_weight, progress, step_weight
 from linfusion.pipelines.highres.record import about_run, what_decides
@@ -69,7 +64,9 @@ class HighResPipeline:
         pipe: a text-to-image pipeline: Stable Diffusion 1.5, 2.1, XL, their ControlNet forms,
             linear (`linfusion.linearize`) or not; FLUX and its ControlNet form, Stable Diffusion 3.
         memory_budget: bytes, or text like "12GB", for the pipeline's models and all that is held at
-            once, on the device it runs on; None sets no limit. Python's libraries are not counted.
+            once, on the device it runs on; Python's libraries are not counted. Within one, the
+            denoiser runs in bands of rows, uncompiled. None runs it as it is, at its own speed, and
+            the VAE in bands for more than a megapixel alone.
         scratch: folder for what does not fit into the budget; without it, it is computed again.
         clear: attention of the later stages of FLUX and Stable Diffusion 3; the base picture has
             full attention. Options of `linfusion.linearize(pipe, "clear", ...)`, such as
@@ -174,7 +171,9 @@ class HighResPipeline:
             state: folder that keeps what was done, so that a run can go on after it was killed.
             resume: go on with the run in `state`, if there is one. Bit for bit the same on a CPU if
                 the callbacks change latents alone.
-            callback_on_step_end: called as diffusers does, at each step of each stage.
+            callback_on_step_end: called as diffusers does, at each step of each stage. Where it
+                sets `_interrupt` on the pipeline it gets, no other step or stage is run: the output
+                has the picture of that stage as it is, and no file is written.
             callback_on_step_end_tensor_inputs: what it gets.
             **kwargs: further arguments of the pipeline's call, for every stage that takes them.
 
@@ -193,11 +192,13 @@ class HighResPipeline:
                 forecast(self.pipe, self.sibling, job, self.memory_budget, self.scratch)
             check_disk(self.pipe, job, state)
             about = about_run(self.pipe, job, generator)
-            decisive = what_decides(self.pipe, job, generator, about)
+            decisive = {} if state is None else what_decides(self.pipe, job, generator, about)
             tensors = list(callback_on_step_end_tensor_inputs)
             with State(state, decisive, resume=resume) as kept, progress(self.pipe, job) as bar:
-                latents = self._latents(job, generator, kept, bar, callback_on_step_end, tensors)
-                return self._deliver(job, latents, about, bar)
+                latents, stopped = self._latents(
+                    job, generator, kept, bar, callback_on_step_end, tensors
+                )
+                return self._deliver(job, latents, stopped, about, bar)
 
     def plan(
         self, prompt: str | list[str] | None = None, *, measure: bool = True, **call: Any
@@ -258,8 +259,8 @@ class HighResPipeline:
         bar: tqdm,
         callback: Callable[..., dict[str, Any]] | None,
         tensors: list[str],
-    ) -> Tensor:
-        """Run the stages, and return the latents of the last."""
+    ) -> tuple[Tensor, Stage | None]:
+        """Latents of the last stage, or of the one that was interrupted, and that one."""
         memory = Memory(self.pipe, job, self.budget)
         latents: Tensor | None = None
         anchor: Statistics | None = None
@@ -290,6 +291,9 @@ class HighResPipeline:
                     job, i, generator, state, bar, callback, tensors,
                     start=start, previous=picture if start is not None else None, memory=memory,
                 )  # fmt: skip
+                # As a callback has it in diffusers.
+                if (self.pipe if stage.strength is None else self.sibling).interrupt:
+                    return latents, stage
                 if job.steers and stage.strength is not None:
                     assert anchor is not None
                     latents = restandardise(latents, anchor)
@@ -297,7 +301,7 @@ class HighResPipeline:
             if anchor is None:
                 anchor = statistics(latents)
         assert latents is not None
-        return latents
+        return latents, None
 
     def _stage(
         self,
@@ -331,7 +335,7 @@ class HighResPipeline:
             as_drawn(self.pipe, job, stage),
             engine_for(self.pipe, memory, stage, self.scratch),
         ):
-            latents = denoise(
+            return denoise(
                 self.pipe,
                 self.sibling,
                 job,
@@ -343,9 +347,6 @@ class HighResPipeline:
                 on_step=on_step,
                 tensors=tensors,
             )
-        if (self.pipe if stage.strength is None else self.sibling).interrupt:
-            raise KeyboardInterrupt(f"interrupted in stage {index + 1}, {stage.name}")
-        return latents
 
     def _enlarged(
         self, job: Job, index: int, latents: Tensor | None, memory: Memory, bar: tqdm
@@ -377,17 +378,18 @@ class HighResPipeline:
                 advance(bar, weight * len(band) / stage.height)
 
     def _deliver(
-        self, job: Job, latents: Tensor, about: dict[str, Any], bar: tqdm
+        self, job: Job, latents: Tensor, stopped: Stage | None, about: dict[str, Any], bar: tqdm
     ) -> HighResOutput:
-        """The file, or the picture as `output_type` asks for it."""
-        stage = job.stages[-1]
+        """The file, or the picture as `output_type` asks for it; no file of an unfinished one."""
+        stage = stopped or job.stages[-1]
         memory = Memory(self.pipe, job, self.budget)
-        if job.output is None and job.output_type == "latent":
+        to_file = job.output is not None and stopped is None
+        if not to_file and job.output_type == "latent":
             return HighResOutput(images=latents)
         bands = self._decode(latents, stage, memory, bar, decode_weight(job))
-        if job.output is not None:
+        if to_file:
             return HighResOutput(path=write_bands(job, bands, about))
-        return HighResOutput(images=as_images(job, bands))
+        return HighResOutput(images=as_images(job, bands, stage))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linfusion._version import __version__
+from linfusion.bands.hosts import unwrapped
 from linfusion.layers.record import record_of
 from linfusion.pipelines.highres.hosts import denoiser, is_transformer
 from linfusion.pipelines.highres.stages import Job
@@ -63,6 +64,7 @@ def fingerprint(pipe: Any) -> dict[str, str]:
     """A digest of each part of a pipeline: configuration, processors, samples of all weights."""
     found = {}
     for name, part in pipe.components.items():
+        part = unwrapped(part)
         if part is None or isinstance(part, (str, bool, tuple)):
             continue
         digest = hashlib.sha256(type(part).__name__.encode())
@@ -103,6 +105,8 @@ def digest_of(value: Any) -> Any:
 def _digest_weights(module: nn.Module, digest: Any) -> None:
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.is_meta:
+            tensor = _offloaded(module, name)
         flat = tensor.detach().flatten()
         some = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()
         digest.update(some.view(torch.uint8).numpy().tobytes())
@@ -114,3 +118,11 @@ def _digest_weights(module: nn.Module, digest: Any) -> None:
         if isinstance(scaling := getattr(part, "scaling", None), dict):  # of a LoRA
             digest.update(f"{name} {sorted(scaling.items())}".encode())
             digest.update(str(getattr(part, "active_adapters", None)).encode())
+
+
+def _offloaded(module: nn.Module, name: str) -> Tensor:
+    """A weight that accelerate keeps elsewhere."""
+    path, _, own = name.rpartition(".")
+    hook = module.get_submodule(path)._hf_hook
+    hooks = getattr(hook, "hooks", [hook])
+    return next(one.weights_map[own] for one in hooks if getattr(one, "weights_map", None))

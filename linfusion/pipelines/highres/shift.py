@@ -12,6 +12,7 @@ FLUX.1-dev's own configuration with `use_dynamic_shifting` off.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +36,8 @@ def stage_shift(pipe: Any, given: float | None) -> float | None:
         return None
     if given is None:
         return SHIFT
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
+    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if not number or not 0 < given < math.inf:
         raise ValueError(f"shift: got {given!r}; accepted are numbers above 0")
     return float(given)
 

@@ -8,9 +8,14 @@ from typing import Any
 
 import numpy as np
 
+LONGEST = 32_768  # pixels: a gigapixel
+MOST_STAGES = 32
+
 
 def check_side(name: str, side: Any, unit: int) -> None:
     """Refuse a side that is no multiple of the latent grid, and offer those that are near."""
+    if isinstance(side, int) and side > LONGEST:
+        raise ValueError(f"{name}: got {side:,}; accepted are up to {LONGEST:,} pixels")
     if not isinstance(side, int) or isinstance(side, bool) or side < unit or side % unit:
         near = ""
         if isinstance(side, int) and side > 0:
@@ -35,9 +40,18 @@ def split(
 
     Args:
         from_picture: `base` is there already; it is left out then, and the target always in.
+
+    Raises:
+        ValueError: more than `MOST_STAGES`.
     """
     ratio = max(target) / max(base)
-    count = max(math.ceil(math.log(ratio, factor) - 0.2), 0) if ratio > 1 else 0
+    count = max(math.ceil(math.log(ratio) / math.log(factor) - 0.2), 0) if ratio > 1 else 0
+    if count > MOST_STAGES:
+        least = math.ceil(100 * ratio ** (1 / MOST_STAGES)) / 100
+        raise ValueError(
+            f"factor: got {factor}, which makes {count:,} stages of {max(base)} to {max(target)}"
+            f" pixels; accepted is {least:.2f} or more, for at most {MOST_STAGES}"
+        )
     count = max(count, int(from_picture or base != target))
     sizes = [] if from_picture else [base]
     for i in range(1, count):

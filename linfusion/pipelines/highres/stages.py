@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,8 +160,11 @@ def make_job(
         num_inference_steps = known.steps
     if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
         raise ValueError(f"num_inference_steps: got {num_inference_steps!r}; accepted: 1 or more")
-    if not factor > 1:
+    if not 1 < factor < math.inf:
         raise ValueError(f"factor: got {factor!r}; accepted is a number above 1")
+    for name, value in vars(scales).items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: got {value!r}; accepted are numbers from 0 up")
     order = pipe.scheduler.order
     steers = strategy != "sdedit" and not flows
     if steers and order != 1:
@@ -176,7 +180,7 @@ def make_job(
     _refuse_beyond_positions(pipe, target)
     picture = None
     if image is not None:
-        picture = image if isinstance(image, np.ndarray) else open_picture(image)
+        picture = _array("image", image)
         base = picture_size(picture, target, unit)
     else:
         base = first_size(base_size, target, native, unit)
@@ -271,8 +275,9 @@ def _guidance(
                 " one a stage, or fewer: the last repeats"
             )
     for scale in scales:
-        if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-            raise ValueError(f"guidance_scale: got {scale!r}; accepted are numbers")
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not number or not math.isfinite(scale):
+            raise ValueError(f"guidance_scale: got {scale!r}; accepted are finite numbers")
     return [*scales[:count], *scales[-1:] * (count - len(scales))]
 
 
@@ -299,6 +304,8 @@ def _negative(
     if not is_packed(pipe):
         return {"negative_prompt": negative_prompt}
     scale = extra.get("true_cfg_scale", 1.0)
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"true_cfg_scale: got {scale!r}; accepted are finite numbers")
     for name in ("negative_prompt", "true_cfg_scale"):
         if negative_prompt is None and name not in extra:
             continue
@@ -365,7 +372,19 @@ def _control(pipe: Any, control_image: Any) -> list[np.ndarray] | str | None:
             " ControlNets; accepted is a picture for each, or 'previous' for the enlarged picture"
             " of the stage before"
         )
-    return [g if isinstance(g, np.ndarray) else open_picture(g) for g in given]
+    return [_array("control_image", g) for g in given]
+
+
+def _array(name: str, picture: Any) -> np.ndarray:
+    """A picture's pixels; of a file, only paths are opened."""
+    if isinstance(picture, np.ndarray):
+        return picture
+    if not isinstance(picture, (str, os.PathLike, Image.Image)):
+        raise ValueError(
+            f"{name}: got {picture!r}; accepted are the path of a file, a Pillow image or uint8"
+            " [H, W, 3]"
+        )
+    return open_picture(picture)
 
 
 def _extra(pipe: Any, sibling: Any, extra: dict[str, Any]) -> dict[str, Any]:

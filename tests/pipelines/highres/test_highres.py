@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -166,14 +167,20 @@ def test_guided_differs_from_sdedit():
     assert (draw(pipe, strategy="guided", size=128) - draw(pipe, size=128)).abs().max() > LEVEL * 5
 
 
-def test_dilation_is_taken_back_when_something_fails():
-    unet = tiny_unet()
-    conv = unet.conv_in
-    before = conv.dilation, conv.padding
-    with pytest.raises(ZeroDivisionError), guided.dilated(unet, 4):
-        assert (conv.dilation, conv.padding) == ((4, 4), (4, 4))
+@pytest.mark.parametrize("padding", ["zeros", "circular"])
+def test_dilation_is_there_within_and_in_this_thread_alone(padding):
+    near = torch.nn.Conv2d(2, 3, 3, padding=1, padding_mode=padding)
+    far = torch.nn.Conv2d(2, 3, 3, padding=4, padding_mode=padding, dilation=4)
+    far.load_state_dict(near.state_dict())
+    x = torch.randn(1, 2, 12, 12)
+    before, wide, elsewhere = near(x), far(x), []
+    thread = threading.Thread(target=lambda: elsewhere.append(near(x)))
+    with pytest.raises(ZeroDivisionError), guided.Dilated(4):
+        thread.start()
+        thread.join()
+        assert torch.equal(near(x), wide) and not torch.equal(near(x), before)
         raise ZeroDivisionError
-    assert (conv.dilation, conv.padding) == before
+    assert torch.equal(near(x), before) and torch.equal(elsewhere[0], before)
 
 
 @pytest.mark.parametrize("budget", ["25MB", "200MB"])
@@ -196,11 +203,11 @@ def test_noise_comes_from_the_generator_alone():
 
 def test_a_run_leaves_the_pipeline_as_it_was():
     pipe = tiny_sd_pipeline()
-    bar = dict(pipe._progress_bar_config)
+    bar, attributes = dict(pipe._progress_bar_config), dict(vars(pipe.unet))
     stop = {"callback_on_step_end": lambda *_: 1 / 0}
     with pytest.raises(ZeroDivisionError):
         draw(pipe, strategy="guided", **stop)
-    assert "forward" not in pipe.unet.__dict__
+    assert vars(pipe.unet) == attributes
     assert pipe._progress_bar_config == bar
 
 
@@ -359,7 +366,7 @@ def test_the_budget_that_a_refusal_names_is_the_smallest_that_does(tmp_path):
         ({"control_image": tiny_image()}, "control_image: StableDiffusionPipeline has no Contr"),
         ({"output": "x.gif"}, "path: suffix '.gif'"),
         ({"output": "/nowhere/x.png"}, "path: /nowhere is not a folder"),
-        ({"output": "x.jpg", "size": 70_000 // 8 * 8}, "width: 70,000 pixels; a jpg file takes"),
+        ({"output": "x.jpg", "size": 70_000 // 8 * 8}, "height: got 70,000; accepted are up to"),
         ({"prompt": ["a", "b"]}, "prompt: got 2 prompts"),
         ({"generator": [seeded(), seeded()]}, "generator: got 2"),
         ({"num_inference_steps": 0}, "num_inference_steps: got 0"),

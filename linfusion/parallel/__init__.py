@@ -1,0 +1,1 @@
+"""Exact sequence parallelism (LASP-2) over `torch.distributed`."""
