@@ -570,13 +570,37 @@ def test_a_hub_name_offline_says_that_it_is_offline(run, monkeypatch, tmp_path):
 
 
 def test_the_student_of_a_whole_model_is_judged_by_the_teacher_beside_it(run, tmp_path):
+    for i in range(2):
+        tiny_image(i, 128).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("face")
+    common = ("--images", tmp_path, "--num-images", 2, "--steps", 1, "--json")
+    code, out, err = run("eval", "-m", "zoo:emoji-lit", *common)
+    assert code == 0, err
+    assert 0 < json.loads(out)["sizes"]["128"]["psnr"] < 100
+
+
+def test_eval_of_a_model_of_videos_is_refused_by_name(run, tmp_path):
     tiny_image(0, 32).save(tmp_path / "a.png")
-    (tmp_path / "p.txt").write_text("a face\n")
-    code, _, err = run(
-        *("eval", "-m", "zoo:emoji-video", "--images", tmp_path, "--prompts", tmp_path / "p.txt"),
-        *("--size", 64, "--num-images", 2, "--steps", 1),
-    )
+    code, _, err = run("eval", "-m", "zoo:emoji-video", "--images", tmp_path)
     assert code == 2 and "model: zoo:emoji-video draws videos" in err
+
+
+def test_summary_of_a_model_that_is_linear_itself_says_so(run):
+    code, _, err = run("summary", "zoo:emoji-video")
+    assert code == 2 and "linear itself" in err.splitlines()[-1]
+
+
+def test_classes_are_checked_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    from linfusion.cli import load
+
+    monkeypatch.setattr(load, "load_pipeline", None)
+    for model, flags, said in (
+        ("zoo:emoji-lit", ["--class", "dog"], "class_labels: there is no class 'dog'"),
+        ("zoo:emoji-lit", [PROMPT], "class: zoo:emoji-lit is a model of classes: animal, face"),
+        ("zoo:emoji", ["--class", "dog"], "class: zoo:emoji has none; give a prompt"),
+    ):
+        code, _, err = run("generate", *flags, "-m", model, "-o", tmp_path)
+        assert code == 2 and said in err
 
 
 def test_libraries_say_nothing_where_nothing_is_wrong(draw, tmp_path):

@@ -204,7 +204,7 @@ def test_the_layers_compared_are_every_fourth_single_block():
         ({"radius": 0}, "radius: got 0, expected a number above 0"),
         ({"projection_mid_dim": 8}, "projection_mid_dim: given, but only method 'linfusion'"),
         ({"method": "linfusion", "radius": None}, "model_or_pipe: FluxTransformer2DModel has no"),
-        ({"method": "lin"}, "method: got 'lin', accepted are linfusion, clear"),
+        ({"method": "lin"}, "method: got 'lin', accepted are linfusion, "),
         ({"feature_layers": ("down_blocks",)}, "feature_layers: 'down_blocks' selects"),
         ({"resolution": 30}, "resolution: got 30x30, accepted are multiples of 4"),
         ({"guidance_embedding": -1.0}, "guidance_embedding: got -1.0"),
