@@ -90,9 +90,11 @@ def linearize(
     """
     models = models_of(model_or_pipe)
     first = next(iter(models.values()))
+    students = weights_by_model(weights, models)
     if method is None:
         record = record_of(first)
-        method = record.method if record else method_of(_one(weights), _marker(first))
+        one = next(iter(students.values()))
+        method = record.method if record else method_of(one, _marker(first))
     mechanism = get_method(method)
     if hasattr(model_or_pipe, "set_pag_applied_layers") and mechanism.pag_processors is None:
         raise ValueError(
@@ -114,7 +116,6 @@ def linearize(
     if layers != "auto" and size is not None:
         raise ValueError(f'size: got {size!r}, which only layers="auto" takes')
     latent = _latent_size(model_or_pipe, size) if layers == "auto" else None
-    students = weights_by_model(weights, models)
     plans = [
         _plan(model, mechanism, students[name], layers, latent, size, options)
         for name, model in models.items()
@@ -351,11 +352,6 @@ def _take_pag(model_or_pipe: Any, mechanism: Any) -> int:
         model_or_pipe.pag_applied_layers, mechanism.pag_processors()
     )
     return 1
-
-
-def _one(weights: Any) -> Any:
-    """A student, of one of the models."""
-    return next(iter(weights.values()), None) if isinstance(weights, Mapping) else weights
 
 
 def _marker(model: nn.Module) -> Any:

@@ -18,7 +18,9 @@ From the text to a result:
     ctas          some CTAs in lockstep: registers, shared memory, barriers
     launch        a grid of CTAs through a program
     kernels       a launch of the library -> PTX for a chip -> the above
-    cases         what is run and compared with the reference
+    comparing     what a case draws, and how far a result may be from the reference
+    families      a family of kernels each, launched and compared
+    cases         the list of what is run
     mutations     compiled code broken on purpose, to see what is noticed
 
 It needs numpy alone up to `launch`. It is no GPU: it knows nothing of time, and executes what PTX

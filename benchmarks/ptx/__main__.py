@@ -53,7 +53,7 @@ def _named(case: str, names: list[str]) -> bool:
 
 def _run(name: str, case, options: argparse.Namespace) -> bool:  # type: ignore[no-untyped-def]
     """Print a line for a case and one for each fault; whether all is well."""
-    from benchmarks.ptx.cases import nan_in_new_memory
+    from benchmarks.ptx.comparing import nan_in_new_memory
     from benchmarks.ptx.kernels import Emulator
 
     emulator, start = Emulator(options.arch), time.perf_counter()

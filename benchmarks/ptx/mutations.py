@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from benchmarks.ptx.cases import CASES, Case, bf16, nan_in_new_memory, window
+from benchmarks.ptx.cases import CASES
+from benchmarks.ptx.comparing import Case, bf16, nan_in_new_memory
+from benchmarks.ptx.families.window import window
 from benchmarks.ptx.kernels import Emulator
 
 

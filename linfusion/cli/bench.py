@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from linfusion.cli import check, load
+from linfusion.cli.check import parse_size
 from linfusion.cli.console import Json, emit_json, emit_table, say, working
 from linfusion.cli.info import machine
-from linfusion.cli.size import parse_size
 
 if TYPE_CHECKING:
     import torch

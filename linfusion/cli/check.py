@@ -15,6 +15,8 @@ from linfusion import zoo
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+LONGEST = 2**18  # pixels of a side: eight times what anybody has drawn here
+
 
 def parse_json_object(flag: str, text: str | None) -> dict[str, Any]:
     """The JSON object a flag was given, {} for None."""
@@ -235,3 +237,44 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"model: {file} is no JSON object")
     return found
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """(height, width) in pixels from "512x768" (width x height) or "512".
+
+    Raises:
+        ValueError: not a size, or not a multiple of 8 pixels.
+    """
+    match = re.fullmatch(r"(\d+)(?:[x×](\d+))?", size.lower())
+    if not match:
+        raise ValueError(f"size: {size!r} is not a size; accepted are 512x768 and 512")
+    return check_pixels("height", int(match[2] or match[1])), check_pixels("width", int(match[1]))
+
+
+def check_pixels(name: str, pixels: int, unit: int = 8) -> int:
+    """Refuse a side that is no multiple of a latent's or token's `unit`, and offer the nearest; and
+    one that is longer than any picture drawn here."""
+    if pixels > LONGEST:
+        raise ValueError(f"{name}: {pixels} px; accepted are multiples of {unit} up to {LONGEST}")
+    if pixels < unit or pixels % unit:
+        low = pixels // unit * unit
+        near = f"{low} and {low + unit}" if low else f"{unit}"
+        raise ValueError(
+            f"{name}: {pixels} px; accepted are multiples of {unit}, from {unit} up; nearest:"
+            f" {near}"
+        )
+    return pixels
+
+
+def choose_size(
+    size: str | None, height: int | None, width: int | None
+) -> tuple[int | None, int | None]:
+    """(height, width) from --size or from --height and --width; None leaves it to the model."""
+    if size is None:
+        return (
+            None if height is None else check_pixels("height", height),
+            None if width is None else check_pixels("width", width),
+        )
+    if height is not None or width is not None:
+        raise ValueError("size: give either --size or --height and --width")
+    return parse_size(size)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from typer import Context, Option
 
 from linfusion.cli import check, load
+from linfusion.cli.check import check_pixels
 from linfusion.cli.console import Json, emit_json, emit_table, working
-from linfusion.cli.size import check_pixels
 from linfusion.files.whole_files import writable_folder
 
 _ONE_PICTURE = {"picture", "base", "border", "band", "crop"}  # what --picture alone takes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 import time
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from linfusion.cli import check, load
+from linfusion.cli.check import check_pixels, choose_size
 from linfusion.cli.console import Json, emit_json, keeping, say, working
-from linfusion.cli.size import choose_size
+from linfusion.cli.ranks import ParallelOption, join_ranks
 from linfusion.files.whole_files import writable_folder, writing
 
 if TYPE_CHECKING:
@@ -82,6 +84,7 @@ def generate(
     pipeline_kwargs: Annotated[
         str | None, Option(metavar="JSON", help="More arguments of the pipeline's call.")
     ] = None,
+    parallel: ParallelOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw pictures from prompts.
@@ -108,17 +111,24 @@ def generate(
     guidance_scale = _at_least(0, "guidance_scale", guidance_scale)
     more = check.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
     loras = check.parse_lora(lora)
-    check.check_model(model)
+    where = check.check_model(model)
     check.check_class(model, classes)
     if softmax and (weights or layers):
         raise ValueError("--softmax: takes no --weights and no --layers")
-    seed = secrets.randbelow(2**32) if seed is None else seed
+    if parallel and (softmax or compile_blocks):
+        raise ValueError(
+            "parallel: takes neither --softmax nor --compile; what is shared is linear attention"
+        )
+    place = join_ranks(parallel)
+    seed = place.agreed(secrets.randbelow(2**32) if seed is None else seed)
     paths = output_paths(output, prompts, num_images_per_prompt, seed)
 
-    from linfusion.pipelines.arguments import draw_arguments
+    from linfusion.pipelines.arguments import draw_arguments, pixel_multiple
+    from linfusion.pipelines.kinds import refuse_other_kinds
     from linfusion.summary import summary
 
     with working(f"loading {model}"):
+        refuse_other_kinds(model, where, revision=revision, token=token)
         pipe = load.load_pipeline(
             model,
             dtype=dtype,
@@ -128,8 +138,6 @@ def generate(
             device=device,
             cpu_offload=cpu_offload,
         )
-        if type(pipe).__name__ == "LinGenPipeline":
-            raise ValueError(f"model: {model} draws videos; use linfusion video")
         of_classes = hasattr(pipe, "labels")
         if of_classes != bool(classes):
             raise ValueError(
@@ -140,6 +148,8 @@ def generate(
         for text in [*prompts, *([negative_prompt] if negative_prompt else [])]:
             check_length(pipe, text)
         pixels = load.size_in_pixels(pipe, height, width)
+        for name, side in zip(("height", "width"), pixels, strict=True):
+            check_pixels(name, side, pixel_multiple(pipe))
         call |= {"height": pixels[0], "width": pixels[1]}
         call |= draw_arguments(pipe, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
         check.check_call(pipe, more, ("prompt", "generator", "output_type", "return_dict"))
@@ -159,6 +169,7 @@ def generate(
             vae_slicing=vae_slicing,
             compile_blocks=compile_blocks,
         )
+        place.share(pipe)
         common = {
             "model": model,
             "method": "softmax" if softmax else summary(pipe).method,
@@ -173,9 +184,12 @@ def generate(
                 image, seconds = _draw(pipe, prompt, seed + i, call)
                 described = {"prompt": prompt, "seed": seed + i, "seconds": round(seconds, 3)}
                 described |= {"width": image.width, "height": image.height}
-                save_png(image, path, {**common, **described, "call": call})
+                if place.first:
+                    save_png(image, path, {**common, **described, "call": call})
+                    say(f"{image.width}x{image.height} in {seconds:.1f} s, seed {seed + i}")
                 images.append({"path": str(path), **described})
-                say(f"{image.width}x{image.height} in {seconds:.1f} s, seed {seed + i}")
+    if not place.first:
+        return
     if as_json:
         emit_json({**common, "call": call, "images": images})
     else:
@@ -269,6 +283,8 @@ def _draw(
 def _at_least(least: int, name: str, value: float | None) -> float | None:
     if value is not None and not value >= least:  # `not >=` also refuses nan
         raise ValueError(f"{name}: {value}; accepted is {least} or more")
+    if value == math.inf:
+        raise ValueError(f"{name}: {value}; accepted are finite numbers")
     return value
 
 

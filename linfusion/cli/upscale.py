@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from linfusion.cli import check, load
+from linfusion.cli.check import choose_size
 from linfusion.cli.console import Json, emit_json, emit_table, keeping, kept_in, say, working
 from linfusion.cli.generate import check_length, check_prompts
-from linfusion.cli.size import choose_size
+from linfusion.cli.ranks import ParallelOption, join_ranks
 from linfusion.files.whole_files import writable_folder
 
 if TYPE_CHECKING:
@@ -102,6 +104,7 @@ def upscale(
     pipeline_kwargs: Annotated[
         str | None, Option(metavar="JSON", help="More arguments of the pipeline's call.")
     ] = None,
+    parallel: ParallelOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw or enlarge a picture, stage by stage, up to 16K and within a memory budget.
@@ -146,6 +149,13 @@ def upscale(
     loras = check.parse_lora(lora)
     check.check_model(model)
     writable_folder("output", output.parent)
+    if parallel and (state is not None or softmax or dry_run):
+        raise ValueError(
+            "parallel: takes neither --state nor --dry-run, which are of one process, nor --softmax"
+        )
+    place = join_ranks(parallel)
+    if parallel:
+        seed = place.agreed(secrets.randbelow(2**32) if seed is None else seed)
 
     import torch
 
@@ -187,16 +197,26 @@ def upscale(
             vae_slicing=False,
             compile_blocks=False,
         )
+        if parallel and is_transformer(pipe):
+            raise ValueError(
+                f"parallel: the stages of {type(pipe.transformer).__name__} have other attention"
+                " than the first, so it cannot stay shared; accepted are pipelines with a UNet"
+            )
+        place.share(pipe)
         highres = HighResPipeline(pipe, memory_budget=memory_budget, scratch=scratch, clear=clear)
         if dry_run:
             with check.blaming(more):
                 plan = highres.plan(prompt, **call)
         else:
             generator = None if seed is None else torch.Generator().manual_seed(seed)
+            if not place.first:  # it computes its rows, also of the VAE; the first one writes
+                call |= {"output": None, "output_type": "pil"}
             begun = time.perf_counter()
             with keeping(lambda: kept_in(state)), check.blaming(more):
                 made = highres(prompt, generator=generator, state=state, resume=resume, **call)
             seconds = round(time.perf_counter() - begun, 3)
+            if not place.first:
+                return
             say(f"{pixels[1]}x{pixels[0]} in {seconds:.1f} s")
     if dry_run:
         _show(plan, as_json)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 from linfusion.cli import check, load
+from linfusion.cli.check import choose_size
 from linfusion.cli.console import Json, emit_json, keeping, kept_in, say, working
 from linfusion.cli.generate import check_length, check_prompts
-from linfusion.cli.size import choose_size
+from linfusion.cli.ranks import ParallelOption, join_ranks
 from linfusion.files.whole_files import writable_folder
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def video(
     revision: load.RevisionOption = None,
     token: load.TokenOption = None,
     device: load.DeviceOption = None,
+    parallel: ParallelOption = None,
     as_json: Json = False,
 ) -> None:
     """Draw a video in memory that does not grow with its length, writing it as it comes.
@@ -89,6 +91,8 @@ def video(
             f"start: got {len(starts or [])} for {len(prompts)} prompts; accepted is one for each"
             " prompt after the first"
         )
+    if not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: {guidance_scale}; accepted are finite numbers")
     for name, number in (("seconds", seconds), ("fps", fps)):
         if not 0 < number < math.inf:
             raise ValueError(f"{name}: {number}; accepted are numbers above 0")
@@ -103,6 +107,7 @@ def video(
         raise ValueError(f"continue: there is no video {str(go_on)!r}")
     check.check_model(model)
     writable_folder("output", output.parent)
+    place = join_ranks(parallel)
 
     import torch
 
@@ -121,10 +126,11 @@ def video(
     if resume and seed is None and seed_of(state) is not None:
         generator = None  # the seed is in the folder
     else:
-        seed = secrets.randbelow(2**32) if seed is None else seed
+        seed = place.agreed(secrets.randbelow(2**32) if seed is None else seed)
         generator = torch.Generator().manual_seed(seed)
     with working(f"loading {model}"):
         pipe = _load(model, dtype, variant, revision, token, device)
+        place.share(pipe)
         for text in [*prompts, *([negative_prompt] if negative_prompt else [])]:
             check_length(pipe, text)
         call: dict[str, Any] = {
@@ -151,6 +157,10 @@ def video(
             **call,
         )
         first = None
+        if not place.first:  # it computes its rows; the first one writes
+            for _ in stream:
+                pass
+            return
         with (
             open_video(output, fps, (call["width"], call["height"]), codec=codec) as out,
             keeping(lambda: f"{out.frames} frames are in {output}; {kept_in(state)}"),
@@ -186,8 +196,11 @@ def _load(
     Raises:
         ValueError: a pipeline of another kind.
     """
+    from linfusion.pipelines.kinds import refuse_all_but
     from linfusion.pipelines.lingen.pipeline import LinGenPipeline
 
+    where = check.check_model(model)
+    refuse_all_but("LinGenPipeline", model, where, revision=revision, token=token)
     pipe = load.load_pipeline(
         model,
         dtype=dtype,
@@ -196,8 +209,7 @@ def _load(
         token=token,
         device=device,
     )
-    if not isinstance(pipe, LinGenPipeline):
-        raise ValueError(f"model: {model} is a {type(pipe).__name__}, which draws no videos")
+    assert isinstance(pipe, LinGenPipeline)
     pipe.set_progress_bar_config(desc="drawing", unit="step")
     return pipe
 

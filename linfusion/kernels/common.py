@@ -58,7 +58,6 @@ def check_device(x: Tensor, name: str, other: Tensor, of: str) -> None:
         raise ValueError(f"{name}: expected the device of {of}, {other.device}, got {x.device}")
 
 
-@torch.compiler.assume_constant_result
 def takes_triton(device: torch.device) -> bool:
     """Whether this GPU is one that the Triton kernels are made for, and runs them.
 
@@ -78,6 +77,10 @@ def takes_triton(device: torch.device) -> bool:
                     stacklevel=2,
                 )
         return _TAKES[device]
+
+
+# `torch.compiler.assume_constant_result`, without importing the compiler.
+takes_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _why_not(device: torch.device) -> str | None:

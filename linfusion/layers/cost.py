@@ -19,6 +19,9 @@ _BYTES = 2  # of a number
 # Elementwise bytes a token and channel, of operators of PyTorch one after another. LinFusion's two
 # maps: LayerNorm and leaky ReLU read and write (8 a map), the residual reads two and writes (6).
 LINFUSION_ELEMENTWISE = 28.0
+# The same where the library's kernels run: norm and activation are one pass (4 a map), and the last
+# product adds itself to x and its bias (6 a map).
+LINFUSION_ONE_PASS = 20.0
 # MATE around its scan: convolution, gates, norms, turning and joining of directions.
 MATE_ELEMENTWISE = 395.0
 # Rotary embedding of queries and keys as diffusers writes it, an element of either.

@@ -138,7 +138,8 @@ class Ranks:
     def merge_softmax(self, out: Tensor, lse: Tensor) -> Tensor:
         """Softmax attention over the keys of all ranks from that over each rank's own.
 
-        O = Σ_r e^(l_r - l) O_r,  l = log Σ_r e^(l_r), in the dtype of l.
+        O = Σ_r e^(l_r - l) O_r,  l = log Σ_r e^(l_r), in the dtype of l. Each rank merges some of
+        the queries and hands them to all: that is less than all parts to all.
 
         Args:
             out: [B, T, H, D] of the same queries on every rank.
@@ -146,9 +147,16 @@ class Ranks:
         """
         if self.world == 1:
             return out
-        parts = self.gather(torch.cat([out.to(lse.dtype), lse[..., None]], -1))
+        queries = out.shape[1]
+        cuts = [queries * rank // self.world for rank in range(self.world + 1)]
+        sizes = [b - a for a, b in pairwise(cuts)]
+        packed = torch.cat([out.to(lse.dtype), lse[..., None]], -1).transpose(0, 1)
+        own = sizes[self.rank]
+        parts = collectives.exchange(packed, self.group, sizes, [own] * self.world)
+        parts = parts.unflatten(0, (self.world, own))
         shares = parts[..., -1].softmax(0)
-        return (parts[..., :-1] * shares[..., None]).sum(0).to(out.dtype)
+        merged = (parts[..., :-1] * shares[..., None]).sum(0).to(out.dtype)
+        return self.join(merged.transpose(0, 1), 1, cuts)
 
     def merge_moments(self, count: int, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance over the elements of all ranks (Chan et al. 1979).

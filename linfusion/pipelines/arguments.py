@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 
@@ -27,8 +28,10 @@ def draw_arguments(
         negative_prompt: for all prompts; None is that of the pipeline.
 
     Raises:
-        ValueError: a negative prompt that would not be read.
+        ValueError: a negative prompt that would not be read; an infinite guidance.
     """
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise ValueError(f"guidance_scale: got {guidance_scale}; accepted are finite numbers")
     accepted = inspect.signature(type(pipe).__call__).parameters
     denoiser = getattr(pipe, "transformer", None)
     embedded = getattr(getattr(denoiser, "config", None), "guidance_embeds", None)

@@ -94,7 +94,6 @@ class Entry:
         if self.linears is not None:
             return self.linears
         found = dict.fromkeys(("to_q", "to_k", "to_v"), (self.dim, self.inner_dim, self.bias))
-        # As diffusers makes it: its bias does not depend on that of the others.
         return found | ({"to_out.0": (self.inner_dim, self.dim, True)} if self.out else {})
 
     def to_dict(self, setting_key: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from linfusion.attention import get_method
 from linfusion.attention.linfusion.authors_names import to_numbered
-from linfusion.layers.find import model_of
+from linfusion.layers.find import model_of, models_of
 from linfusion.layers.offload import lifted
 from linfusion.layers.projections import projections
 from linfusion.layers.record import record_of
@@ -66,7 +66,8 @@ def save(
 
     Args:
         model_or_pipe: linearized before.
-        folder: where to; each file appears whole or not at all.
+        folder: where to; each file appears whole or not at all. A pipeline of two models has a
+            folder of each name in it.
         layout: "paths" (ours), or "numbered", which the original authors' library reads; that one
             always has the attention weights.
         attention_weights: see `learned`.
@@ -80,12 +81,28 @@ def save(
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout: {layout!r} is not one of {LAYOUTS}")
+    models = models_of(model_or_pipe)
+    if len(models) > 1:  # as `weights_by_model` reads it
+        for name, model in models.items():
+            save(
+                model,
+                Path(folder) / name,
+                layout=layout,
+                attention_weights=attention_weights,
+                **kwargs,
+            )
+        return Path(folder)
     model = model_of(model_or_pipe)
     with lifted(model):
         if layout == "numbered":
             side = relaid(learned(model, attention_weights=True), "numbered")
         else:
             side = learned(model, attention_weights=attention_weights)
+        if not side.state_dict():
+            raise ValueError(
+                f"model_or_pipe: {type(model).__name__} has learned nothing to save: its method"
+                f" {side.config['method']!r} has no weights with these options"
+            )
         side.save_pretrained(folder, **kwargs)
     return Path(folder)
 

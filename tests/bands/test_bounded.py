@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import threading
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
@@ -14,13 +16,20 @@ from diffusers import (
     StableDiffusionPAGPipeline,
 )
 from diffusers.hooks import apply_layerwise_casting
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import linfusion
 from linfusion.bands import budget as module
 from linfusion.bands import vae as vae_module
 from linfusion.bands.bounded import bounded
 from linfusion.bands.budget import Ledger, parse_bytes, weight_bytes
+from linfusion.bands.hollow import Hollow
+from linfusion.bands.hosts import execution_device
+from linfusion.bands.rows import Engine
+from linfusion.bands.store import Store
 from linfusion.bands.vae import decode_rows, encode_rows
+from linfusion.pipelines.highres import guided
 from tests.compat.test_adapters import IMAGE, with_ip_adapter
 from tests.student_files import student_for
 from tests.tiny import (
@@ -323,3 +332,147 @@ def test_gradients_are_refused():
 def test_a_picture_of_another_kind_is_refused(picture):
     with pytest.raises(ValueError, match=r"picture: got .*accepted is uint8 \[H, W, 3\]"):
         encode_rows(tiny_vae(), picture)
+
+
+# ---- threads, devices, what else is on the model
+
+
+def in_threads(*works):
+    """What each function gives, all of them run at once, thrice each."""
+    found = [[] for _ in works]
+
+    def run(i):
+        found[i] = [works[i]() for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_a_model_in_bands_is_as_it_was_in_other_threads():
+    unet = linear(tiny_unet())
+    jobs = [unet_inputs(unet, size=size) for size in (8, 12)]
+    plain = [denoise(unet, **job) for job in jobs]
+
+    def banded(job):
+        with bounded(unet):
+            return denoise(unet, **job)
+
+    alone = [banded(job) for job in jobs]
+    attributes = dict(vars(unet))
+    found = in_threads(*(lambda j=job: banded(j) for job in jobs), lambda: denoise(unet, **jobs[0]))
+    for want, got in zip([*alone, plain[0]], found, strict=True):
+        assert len(got) == 3 and all(torch.equal(want, one) for one in got)
+    assert vars(unet) == attributes
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "compile", "compile_repeated_blocks"])
+def test_a_compiled_unet_gives_the_same_in_bands_and_stays_compiled(how):
+    unet = linear(tiny_unet())
+    inputs = unet_inputs(unet)
+    whole = denoise(unet, **inputs)
+    called, calls = unet, []
+
+    def backend(graph, _):
+        calls.append(graph)
+        return graph.forward
+
+    if how == "torch.compile":
+        called = torch.compile(unet, backend=backend)
+    else:
+        getattr(unet, how)(backend=backend)
+    before = [dict(vars(module)) for module in called.modules()]
+    with bounded(called) as ledger:
+        same(denoise(called, **inputs), whole)
+    assert ledger.calls == 1 and not ledger.unbanded and not calls
+    assert [dict(vars(module)) for module in called.modules()] == before
+
+
+def test_no_tensor_of_a_model_in_bands_is_float64():
+    class Forbid(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            assert not [t for t in tree_leaves(out) if getattr(t, "dtype", 0) == torch.float64], (
+                func
+            )
+            return out
+
+    unet, vae = linear(tiny_unet()), tiny_vae()
+    inputs = unet_inputs(unet, size=14)
+    with torch.no_grad(), bounded(unet), Forbid():
+        unet(**inputs)
+        guided.blur(inputs["sample"], 2, 0.8)
+        list(decode_rows(vae, torch.randn(1, 4, 9, 7)))
+        encode_rows(vae, np.array(tiny_image(2)))
+
+
+def test_moments_of_a_large_mean_lose_nothing():
+    norm = torch.nn.GroupNorm(4, 8)
+    x = torch.randn(1, 8, 64, 16) + 1000
+    x[:, :, 32:] += 50
+    engine = Engine(Store(), band_bytes=1 << 10)
+    banded = engine.whole(norm(engine.wrap(x)))
+    exact = norm.double()(x.double())
+    whole = (torch.nn.GroupNorm(4, 8)(x) - exact).abs().max()
+    assert (banded - exact).abs().max() <= 2 * whole + 1e-6
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda u: u.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4), "has FreeU on"),
+        (lambda u: u.set_attention_slice("max"), "call disable_attention_slicing"),
+    ],
+    ids=["freeu", "slicing"],
+)
+def test_what_needs_whole_tensors_is_refused_by_name(change, message):
+    unet = tiny_unet()
+    change(unet)
+    with pytest.raises(ValueError, match=message), bounded(unet):
+        pass
+
+
+def test_a_dry_run_of_a_fused_model_counts_and_computes_nothing():
+    unet = linfusion.fuse(linear(tiny_unet()))
+    with bounded(unet, dry=True) as plan:
+        denoise(unet, **unet_inputs(unet, size=64))
+    with bounded(unet) as ledger:
+        denoise(unet, **unet_inputs(unet, size=64))
+    assert (plan.peak_bytes, plan.flops) == (ledger.peak_bytes, ledger.flops)
+    assert not ledger.unbanded
+
+
+def test_the_device_is_where_hooks_execute_not_where_weights_lie():
+    vae = tiny_vae()
+    latents = torch.randn(1, 4, 9, 7)
+    whole = np.concatenate(list(decode_rows(vae, latents)))
+    start = encode_rows(vae, np.array(tiny_image(2)))
+    cpu_offload(vae, torch.device("cpu"))
+    assert vae.device.type == "meta" and execution_device(vae).type == "cpu"
+    assert np.array_equal(np.concatenate(list(decode_rows(vae, latents))), whole)
+    assert torch.equal(encode_rows(vae, np.array(tiny_image(2))), start)
+
+
+def test_large_tensors_of_a_dry_run_take_no_memory():
+    class Largest(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in tree_leaves(out):
+                if isinstance(t, torch.Tensor) and not t.is_meta:
+                    self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
+            return out
+
+    side = 1 << 14
+    with Largest() as seen, Hollow():
+        x = torch.randn(1, 4, side, side, generator=torch.Generator())
+        y = torch.cat([x, x]).to(torch.bfloat16).view(2, 4, -1) * 2
+        y.add_(1)
+        small = torch.arange(6.0).view(2, 3) + 1
+    assert (y.shape, y.dtype, y.device.type) == ((2, 4, side * side), torch.bfloat16, "cpu")
+    assert torch.equal(small, torch.arange(1.0, 7).view(2, 3))
+    assert seen.nbytes < 1 << 20

@@ -368,7 +368,8 @@ def test_a_mutation_of_compiled_code_is_noticed_and_fails_nothing_else():
     done = python(
         "-c",
         """
-from benchmarks.ptx.cases import bf16, strided
+from benchmarks.ptx.comparing import bf16
+from benchmarks.ptx.families.linear import strided
 from benchmarks.ptx.mutations import Mutation, once, run, without
 
 case = lambda target: strided(target, bf16, lambda draw: [draw(1, 70, 1, 40) for _ in range(3)])

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -15,6 +16,7 @@ from linfusion import zoo
 from linfusion.cli import main
 from linfusion.students import saving as weights
 from tests.tiny import tiny_image, tiny_sd_pipeline
+from tests.tiny_joint import tiny_flow_vae, tiny_flux_pipeline
 
 PROMPT = "a red apple"
 generate_module = sys.modules["linfusion.cli.generate"]
@@ -143,6 +145,10 @@ WRONG = {
     ),
     "steps": ([PROMPT, "--steps", "0"], "num_inference_steps: 0; accepted is 1 or more"),
     "guidance": ([PROMPT, "--guidance-scale", "nan"], "guidance_scale: nan; accepted is 0 or more"),
+    "infinite guidance": (
+        [PROMPT, "--guidance-scale", "inf"],
+        "guidance_scale: inf; accepted are finite",
+    ),
     "format": (
         [PROMPT, "-o", "x.jpg"],
         "output: 'x.jpg' is neither a .png file nor a folder",
@@ -192,7 +198,7 @@ WRONG = {
     ),
     "method": (
         [PROMPT, "--method", "magic"],
-        "method: 'magic' is not one of ['clear', 'linfusion', 'lit', 'mate']",
+        "method: 'magic' is not one of ['clear', 'hybrid', 'linfusion', 'lit', 'mate']",
     ),
     "weights": ([PROMPT, "-w", "/nowhere"], "weights: there is no folder or file '/nowhere'"),
     "softmax": ([PROMPT, "--softmax", "-w", "x"], "--softmax: takes no --weights and no --layers"),
@@ -613,3 +619,45 @@ def test_libraries_say_nothing_where_nothing_is_wrong(draw, tmp_path):
 def test_fp16_on_a_cpu_is_said_to_be_slow_once(draw, tmp_path):
     code, _, err = draw(PROMPT, "--steps", 1, "--dtype", "fp16", "--device", "cpu", "-o", tmp_path)
     assert code == 0 and err.count("thirty times slower") == 1
+
+
+@pytest.mark.parametrize(
+    "command, name, message",
+    [
+        (
+            "generate",
+            "WanPipeline",
+            "draws videos; `linfusion video` draws those of LinGenPipeline",
+        ),
+        ("generate", "CogVideoXPipeline", "draws videos"),
+        ("generate", "DDPMPipeline", "draws from neither a prompt nor a class"),
+        ("generate", "StableDiffusionInpaintPipeline", "starts from a picture"),
+        ("generate", "FluxControlPipeline", "draws after a control picture"),
+        ("generate", "KandinskyV22Pipeline", "draws from neither a prompt nor a class"),
+        ("video", "WanPipeline", "runs in diffusers itself; here are those of LinGenPipeline"),
+        ("video", "DDPMPipeline", "which draws no videos"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_before_it_is_loaded(
+    command, name, message, tmp_path, capsys
+):
+    (tmp_path / "model").mkdir()  # nothing but its class: loading it would fail otherwise
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(SystemExit) as stop:
+        main([command, PROMPT, "-m", str(tmp_path / "model"), "-o", str(tmp_path / "x.png")])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("linfusion: model: ") and f"is a {name}, which {message}" in last
+
+
+def test_a_size_that_flux_cannot_draw_names_the_nearest_two(tmp_path, capsys):
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4}
+    blocks |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [8] * 4}
+    vae = AutoencoderKL.from_config({**tiny_flow_vae().config, **blocks})
+    tiny_flux_pipeline(vae=vae).save_pretrained(tmp_path / "flux")  # 16 pixels to a token
+    call = ["generate", PROMPT, "-m", tmp_path / "flux", "--softmax", "--size", "136x64"]
+    with pytest.raises(SystemExit) as stop:
+        main([*(str(a) for a in call), "-o", str(tmp_path / "x.png")])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and not (tmp_path / "x.png").exists()
+    assert "width: 136 px; accepted are multiples of 16, from 16 up; nearest: 128 and 144" in last

@@ -263,6 +263,15 @@ def test_a_skip_of_each_channel_is_that_of_each_head():
     assert error(ours[place].sum(1), narrow[place]) < 1e-13
 
 
+@pytest.mark.parametrize("impl, taken, other", [("blocked", 64, 32), ("triton", 256, 128)])
+def test_a_chunk_is_as_long_as_serves_where_nobody_says(impl, taken, other):
+    x = {k: v.detach() for k, v in inputs((1, 300, 2, 4, 1, 4), torch.float32).items()}
+    y = ssd_scan(**x, impl=impl)
+    assert torch.equal(y, ssd_scan(**x, chunk_size=taken, impl=impl))
+    assert not torch.equal(y, ssd_scan(**x, chunk_size=other, impl=impl))  # rounded otherwise
+    assert error(y, ssd_scan(**x, impl="reference")) < 1e-5
+
+
 def test_steps_stay_within_their_limits():
     x = {k: v.detach() for k, v in inputs((1, 20, 4, 5, 2, 3)).items()}
     limit = (0.1, 0.6)

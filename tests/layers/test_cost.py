@@ -48,7 +48,7 @@ def test_a_scan_moves_states_by_the_chunk():
 )
 def test_keys_visited_are_those_of_the_kernel_s_lists(grid, radius):
     from linfusion.kernels.window_attention.common import bounded
-    from linfusion.kernels.window_attention.triton_lists import lists
+    from linfusion.kernels.window_attention.triton.lists import lists
 
     tables = lists(grid, bounded(radius, grid), "disc", torch.device("cpu"))
     visited = 64 * (tables.whole + tables.part) / tables.tiles

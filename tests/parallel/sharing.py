@@ -59,20 +59,31 @@ def alone_and_shared(ranks, model, inputs):
 
 @contextlib.contextmanager
 def watched():
-    """Bytes that this rank hands to each collective, in the order of their calls."""
+    """Bytes that leave this rank in each collective, in the order of their calls.
+
+    They are counted where PyTorch is called: of a gather, what the rank has times the others.
+    """
     sent = []
     places = ((collectives, "_ALL_GATHER"), (dist, "all_to_all_single"))
 
-    def watch(call):
-        def watching(out, x, *args, **kwargs):
-            sent.append(x.nbytes)
-            return call(out, x, *args, **kwargs)
+    def gathering(call):
+        def watching(out, x, group):
+            sent.append(x.nbytes * (dist.get_world_size(group) - 1))
+            return call(out, x, group=group)
+
+        return watching
+
+    def exchanging(call):
+        def watching(out, x, receive, send, group):
+            sent.append(sum(send) - send[dist.get_rank(group)])
+            return call(out, x, receive, send, group=group)
 
         return watching
 
     before = [getattr(home, name) for home, name in places]
     try:
-        for (home, name), call in zip(places, before, strict=True):
+        watches = (gathering, exchanging)
+        for (home, name), call, watch in zip(places, before, watches, strict=True):
             setattr(home, name, watch(call))
         yield sent
     finally:

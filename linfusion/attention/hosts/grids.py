@@ -51,6 +51,8 @@ def position_ids(*names: str) -> Reader:
             if ids is not None:
                 ids = ids[0] if ids.ndim == 3 else ids
                 found += grids_of(ids[:, :3])[0].sizes
+        if not found:
+            raise KeyError(names[0])
         return found
 
     return read

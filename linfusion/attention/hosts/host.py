@@ -62,7 +62,9 @@ def _pieces(found: Any) -> tuple[Piece, ...]:
     if not isinstance(pieces, list | tuple):
         pieces = ()
     made = tuple(tuple(p) if _is_grid(p) else p for p in pieces)
-    if not made or not all(_is_grid(p) or (type(p) is int and p >= 0) for p in made):
+    if not any(map(_is_grid, made)) or not all(
+        _is_grid(p) or (type(p) is int and p >= 0) for p in made
+    ):
         raise ValueError(
             f"grid: the host's row gave {found!r}; expected (h, w) or (t, h, w) in tokens, or a"
             " list of such grids and numbers of other tokens"

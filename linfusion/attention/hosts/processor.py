@@ -85,8 +85,10 @@ def _subclass(kind: Any, name: str) -> Any:
             )
         return out
 
+    ours = _backend() if dispatches else _native()  # found now: it cannot be traced
+
     def pinned(self: Any) -> Any:
-        return _backend() if dispatches else _native()
+        return ours
 
     def choose(self: Any, value: Any) -> None:
         self._chosen_backend = value

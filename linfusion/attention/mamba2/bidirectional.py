@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from linfusion.attention.mamba2.causal import (
     DepthwiseConv,
+    Float32Decays,
     GatedRMSNorm,
     Mamba2State,
     check_sizes,
@@ -34,7 +35,7 @@ OPTIONS = ("d_conv", "chunk_size", "share_bc", "share_dt", "average")  # of `lik
 _OPEN_GATE = 1.2784645427610738  # silu of it is 1
 
 
-class BiMamba2(nn.Module):
+class BiMamba2(Float32Decays):
     """Mamba-2 over tokens that have no first one: two scans, in opposite directions, in one call.
 
     "flip_sum" (Zhu et al. 2024, Vision Mamba, arXiv:2401.09417) adds a second scan of the reversed
@@ -58,8 +59,7 @@ class BiMamba2(nn.Module):
         conv_act: "silu" after the convolution, or None (layers made from attention).
         rmsnorm: whether y is normalised, or only gated.
         bias: whether the projections have one.
-        chunk_size: of the scan, at most 64; changes time and rounding only. On a CPU about headdim
-            is fastest.
+        chunk_size: of the scan; changes time and rounding only. None is what `ssd_scan` takes.
         norm_eps: of the norm.
         qk_norm: of B and C after the convolution, for layers made from attention that norms its
             keys and queries: one of `QK_NORMS`, as diffusers calls them, or None. C is then scaled
@@ -86,7 +86,7 @@ class BiMamba2(nn.Module):
         conv_act: str | None = "silu",
         rmsnorm: bool = True,
         bias: bool = False,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         norm_eps: float = 1e-5,
         qk_norm: str | None = None,
         qk_norm_eps: float | None = 1e-6,
@@ -95,7 +95,9 @@ class BiMamba2(nn.Module):
         average: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv, chunk_size=chunk_size)
+        check_sizes(d_model=d_model, d_state=d_state, d_conv=d_conv)
+        if chunk_size is not None:
+            check_sizes(chunk_size=chunk_size)
         if bidirectional not in DIRECTIONS:
             raise ValueError(f"bidirectional: got {bidirectional!r}, expected one of {DIRECTIONS}")
         if conv_act not in ("silu", None):
@@ -384,7 +386,8 @@ class BiMamba2(nn.Module):
         y = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))
         forward, backward = y.split(self.heads, 2)
         y = forward[:, lead:] + _flipped(backward, first)[:, lead:]
-        diagonal = self.fc_D(x[:, lead:]) + self.D
+        diagonal = self.fc_D(x[:, lead:])
+        diagonal = diagonal + self.D.to(diagonal.dtype)
         return y + heads[:, lead:] * diagonal[..., None]
 
     def _activated(self, x: Tensor) -> Tensor:

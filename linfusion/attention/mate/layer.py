@@ -89,7 +89,7 @@ class MATE(nn.Module):
         headdim: int | None = None,
         ngroups: int = 1,
         bidirectional: str = "flip_sum",
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         branch_mix: str = "sum",
         use_ma: bool = True,
         use_te: bool = True,

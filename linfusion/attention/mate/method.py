@@ -116,7 +116,7 @@ def break_even_tokens(attn: Any, setting: Mapping[str, Any]) -> int:
     """
     mixture = Mixture(**{n: v for n, v in setting.items() if n not in _OF_LAYER})
     channels = channels_of(attn)
-    scan = 2.5 * channels + 2 * channels // attn.heads + 2 * mixture.chunk_size
+    scan = 2.5 * channels + 2 * channels // attn.heads + 2 * (mixture.chunk_size or 64)
     if mixture.review_placement != "none":
         scan *= 1 + 1 / math.prod(mixture.review_pool)
     return math.prod(mixture.window) + math.ceil(scan)

@@ -44,7 +44,7 @@ class Mixture:
             adds them, as LinGen does.
         d_conv: taps of the scan's convolution.
         share_bc, share_dt, average: of the scan, as for `linfusion.BiMamba2`.
-        chunk_size: of the scan; changes time and rounding only.
+        chunk_size: of the scan; changes time and rounding only. None is what `ssd_scan` takes.
 
     Raises:
         ValueError: a value that is out of range.
@@ -60,7 +60,7 @@ class Mixture:
     share_bc: bool = True
     share_dt: bool = False
     average: bool = False
-    chunk_size: int = 64
+    chunk_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("window", "review_pool"):
@@ -82,8 +82,12 @@ class Mixture:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {accepted}")
         if not _positive(self.d_conv):
             raise ValueError(f"d_conv: got {self.d_conv!r}, expected a positive whole number")
-        if not _positive(self.chunk_size) or self.chunk_size > 64:
-            raise ValueError(f"chunk_size: got {self.chunk_size!r}, expected 1 to 64 tokens")
+        if self.chunk_size is not None and not (
+            _positive(self.chunk_size) and self.chunk_size <= 256
+        ):
+            raise ValueError(
+                f"chunk_size: got {self.chunk_size!r}, expected 1 to 256 tokens, or None"
+            )
         for name in ("share_bc", "share_dt", "average"):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected True or False")

@@ -20,7 +20,7 @@ from linfusion.kernels.ssd.arguments import (
     skip_of,
     steps_of,
 )
-from linfusion.kernels.ssd.common import Choices
+from linfusion.kernels.ssd.common import LONGEST, TRITON_CHUNKS, Choices
 
 Pair = tuple[Tensor, Tensor]
 
@@ -33,7 +33,7 @@ def ssd_scan(
     B: Tensor,
     C: Tensor,
     *,
-    chunk_size: int,
+    chunk_size: int | None = ...,
     D: Tensor | None = ...,
     dt_bias: Tensor | None = ...,
     dt_softplus: bool = ...,
@@ -53,7 +53,7 @@ def ssd_scan(
     B: Tensor,
     C: Tensor,
     *,
-    chunk_size: int,
+    chunk_size: int | None = ...,
     D: Tensor | None = ...,
     dt_bias: Tensor | None = ...,
     dt_softplus: bool = ...,
@@ -72,7 +72,7 @@ def ssd_scan(
     B: Tensor,
     C: Tensor,
     *,
-    chunk_size: int,
+    chunk_size: int | None = None,
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
@@ -97,7 +97,8 @@ def ssd_scan(
         B, C: keys and queries of the state, [B, L, G, N]; G divides H.
         chunk_size: tokens of a chunk, at least 1; L need not be a multiple. It changes time, memory
             and rounding, nothing else; "blocked" takes no chunk above 64, "triton" a power of two
-            from 16 to 256.
+            from 16 to 256. None is 64 in "blocked" and 256 in "triton", where every chunk is a
+            state in memory and a step that waits for the one before.
         D: of the skip connection, [H] or [H, P].
         dt_bias: added to dt, [H].
         dt_softplus: whether Δ is the softplus of dt + dt_bias, or that itself.
@@ -120,7 +121,8 @@ def ssd_scan(
     """
     check_inputs(x, dt, A, B, C, D, dt_bias, ("B", "L"))
     limit = checked_limit(dt_limit)
-    check_count(chunk_size)
+    if chunk_size is not None:
+        check_count(chunk_size)
     if initial_states is not None:
         check_states(initial_states, "initial_states", x, B)
     for value, name in (
@@ -131,6 +133,8 @@ def ssd_scan(
         check_bool(value, name)
     dtype = accumulator(x, dt, A, B, C)
     impl = implementation_for(impl, x, B, dtype)
+    if chunk_size is None:
+        chunk_size = TRITON_CHUNKS[1] if impl == "triton" else LONGEST
 
     with without_autocast(x.device):
         step = steps_of(dt, dt_bias, dt_softplus, limit, dtype)

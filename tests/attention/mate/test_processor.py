@@ -372,7 +372,7 @@ def test_a_fresh_student_says_so_once():
         ({"scan_orders": ("thh",)}, r"scan_orders: got \('thh',\), expected at least one"),
         ({"scan_orders": ()}, r"scan_orders: got \(\), expected at least one"),
         ({"d_conv": 0}, "d_conv: got 0, expected a positive whole number"),
-        ({"chunk_size": 128}, "chunk_size: got 128, expected 1 to 64"),
+        ({"chunk_size": 257}, "chunk_size: got 257, expected 1 to 256"),
         ({"average": 1}, "average: got 1, expected True or False"),
     ],
 )

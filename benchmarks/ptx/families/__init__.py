@@ -1,0 +1,1 @@
+"""A family of kernels each: launched through the library, compared with the reference."""
