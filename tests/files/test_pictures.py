@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
+from linfusion.files.picture_formats import Preview
 from linfusion.files.picture_reader import (
     bytes_needed,
     open_picture,
@@ -24,7 +25,6 @@ from linfusion.files.picture_reader import (
     size_of,
     writer,
 )
-from linfusion.files.picture_writer import Preview
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".tif", ".tiff"]
 MADE_WITH = {
