@@ -128,7 +128,8 @@ def generate(
     from linfusion.summary import summary
 
     with working(f"loading {model}"):
-        refuse_other_kinds(model, where, revision=revision, token=token)
+        with load.reaching(model, revision):
+            refuse_other_kinds(model, where, revision=revision, token=token)
         pipe = load.load_pipeline(
             model,
             dtype=dtype,

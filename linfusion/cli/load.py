@@ -102,7 +102,6 @@ def load_pipeline(
     if chosen == "balanced":
         kwargs["device_map"] = chosen
     name = check_model(model)
-    _check_offline(name, revision)
     from transformers.utils import logging as transformers_logging
 
     # Of the text encoder's tensors; that of the parts is enough.
@@ -110,13 +109,26 @@ def load_pipeline(
     from linfusion.pipelines.load import load as load_pipeline
 
     with _quiet():
-        try:
+        with reaching(model, revision):
             pipe = load_pipeline(name, **kwargs)
-        except OSError as error:
-            raise _unreachable(model, error) from error
         if not cpu_offload and chosen != "balanced":
             pipe.to(chosen)
     return pipe
+
+
+@contextlib.contextmanager
+def reaching(model: str, revision: str | None) -> Iterator[None]:
+    """Inside, a hub that is not there is named as what it is.
+
+    Raises:
+        ValueError: the hub may not be asked, and the model is not in its cache.
+        OSError: it cannot be reached.
+    """
+    _check_offline(check_model(model), revision)
+    try:
+        yield
+    except OSError as error:
+        raise _unreachable(model, error) from error
 
 
 def _check_offline(model: str, revision: str | None) -> None:

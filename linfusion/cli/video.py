@@ -200,7 +200,8 @@ def _load(
     from linfusion.pipelines.lingen.pipeline import LinGenPipeline
 
     where = check.check_model(model)
-    refuse_all_but("LinGenPipeline", model, where, revision=revision, token=token)
+    with load.reaching(model, revision):
+        refuse_all_but("LinGenPipeline", model, where, revision=revision, token=token)
     pipe = load.load_pipeline(
         model,
         dtype=dtype,

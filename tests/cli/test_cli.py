@@ -635,7 +635,7 @@ def test_fp16_on_a_cpu_is_said_to_be_slow_once(draw, tmp_path):
         ("generate", "FluxControlPipeline", "draws after a control picture"),
         ("generate", "KandinskyV22Pipeline", "draws from neither a prompt nor a class"),
         ("video", "WanPipeline", "runs in diffusers itself; here are those of LinGenPipeline"),
-        ("video", "DDPMPipeline", "which draws no videos"),
+        ("video", "DDPMPipeline", "draws no videos"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_before_it_is_loaded(
@@ -644,7 +644,8 @@ def test_a_model_of_another_kind_is_refused_before_it_is_loaded(
     (tmp_path / "model").mkdir()  # nothing but its class: loading it would fail otherwise
     (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": name}))
     with pytest.raises(SystemExit) as stop:
-        main([command, PROMPT, "-m", str(tmp_path / "model"), "-o", str(tmp_path / "x.png")])
+        output = tmp_path / ("x.mp4" if command == "video" else "x.png")
+        main([command, PROMPT, "-m", str(tmp_path / "model"), "-o", str(output)])
     assert stop.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("linfusion: model: ") and f"is a {name}, which {message}" in last
