@@ -31,7 +31,7 @@ def method_of(weights: Any, model: nn.Module) -> str:
     if weights is None:
         marker = marker_of(model)
         return marker["method"] if marker else NAME
-    from linfusion.students.student import LinFusion, unreadable
+    from linfusion.students.student import LinFusion, read_config
 
     if isinstance(weights, LinFusion):
         return str(weights.config["method"])
@@ -45,11 +45,7 @@ def method_of(weights: Any, model: nn.Module) -> str:
         served = serving(model)
         fitting = [] if NAME in served else [name for name in served if name in published]
         return fitting[0] if fitting else NAME  # `read` says what there is instead
-    try:
-        config: Any = LinFusion.load_config(weights)
-    except OSError as error:
-        raise unreadable(weights, error) from error
-    return config.get("method", NAME)
+    return str(read_config(weights).get("method", NAME))
 
 
 def weights_by_model(weights: Any, models: Mapping[str, Any]) -> dict[str, Any]:
