@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import linfusion.bands.rules  # noqa: F401  fills the table of rules
@@ -134,6 +135,8 @@ def _call(model: Any, inputs: dict[str, Any], engine: Engine) -> Any:
         for attn in model.modules():
             if (fused := getattr(attn, "_modules", {}).get(FUSED)) is not None:
                 stack.enter_context(around(fused, _on_whole_tokens))
+        if engine.dry:  # Rows make nothing large, and asking for each of their operations is slow
+            stack.enter_context(_disable_current_modes())
         return eager(model)(**wrapped)
 
 

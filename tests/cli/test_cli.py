@@ -468,7 +468,7 @@ def test_the_version_is_printed(run):
         ("generate", "FluxControlPipeline", "draws after a control picture"),
         ("generate", "KandinskyV22Pipeline", "draws from neither a prompt nor a class"),
         ("video", "WanPipeline", "runs in diffusers itself; here are those of LinGenPipeline"),
-        ("video", "DDPMPipeline", "which draws no videos"),
+        ("video", "DDPMPipeline", "draws no videos"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_before_it_is_loaded(
