@@ -103,8 +103,6 @@ def video(
         raise ValueError("image: got one beside --continue; accepted is one of them")
     load.check_model(model)
     check_writable("output", output.parent)
-    if parallel and state is not None:
-        raise ValueError("parallel: does not take --state, which is of one process")
     place = join_ranks(parallel)
 
     import torch

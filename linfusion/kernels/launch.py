@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -44,6 +45,16 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; Triton's own takes microseconds, several times a launch."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The one that covers n, at least 16: the least that a matrix product takes."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
 def strides_of(*tensors: Tensor) -> tuple[int, list[tuple[int, int, int]]]:
     """A power of two up to 16 that divides every stride, and the strides divided by it."""
     strides = [
@@ -58,6 +69,25 @@ def named(name: str, strides: tuple[int, int, int]) -> dict[str, int]:
     return dict(zip((f"{name}_sb", f"{name}_sn", f"{name}_sh"), strides, strict=True))
 
 
+def stride_arguments(**tensors: Tensor) -> dict[str, int]:
+    """`ALIGN` and the strides of every tensor by name, as `strides_of` has them; made once a layout
+    and not to be changed."""
+    return _stride_arguments(tuple((name, t.shape, t.stride()) for name, t in tensors.items()))
+
+
+@functools.lru_cache(4096)
+def _stride_arguments(
+    layouts: tuple[tuple[str, torch.Size, tuple[int, ...]], ...],
+) -> dict[str, int]:
+    found = {
+        f"{name}_s{axis}": 0 if shape[i] == 1 else stride[i]
+        for name, shape, stride in layouts
+        for i, axis in enumerate("bnh")
+    }
+    align = math.gcd(16, *found.values())
+    return {"ALIGN": align} | {name: stride // align for name, stride in found.items()}
+
+
 def run(launch: Launch) -> None:
     device = next(x.device for x in launch.args.values() if isinstance(x, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -66,9 +96,14 @@ def run(launch: Launch) -> None:
 
 def target_of(tensor: Tensor) -> Target:
     """The GPU of `tensor`; on a CPU the interpreter, the only thing that runs there."""
-    if tensor.device.type != "cuda":
+    return _target(tensor.device)
+
+
+@functools.cache
+def _target(device: torch.device) -> Target:
+    if device.type != "cuda":
         return Target("interpreter", 1, run)
-    properties = torch.cuda.get_device_properties(tensor.device)
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         return Target("hip", properties.multi_processor_count, run)
     arch = 10 * properties.major + properties.minor

@@ -83,7 +83,7 @@ class Entry:
         if self.linears is not None:
             return self.linears
         found = dict.fromkeys(("to_q", "to_k", "to_v"), (self.dim, self.inner_dim, self.bias))
-        return found | ({"to_out.0": (self.inner_dim, self.dim, self.bias)} if self.out else {})
+        return found | ({"to_out.0": (self.inner_dim, self.dim, True)} if self.out else {})
 
     def to_dict(self, setting_key: str) -> dict[str, Any]:
         """The published form; our further keys only where they say something."""

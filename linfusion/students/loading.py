@@ -55,7 +55,8 @@ def weights_by_model(weights: Any, models: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it is one student and there are several models, or another name.
     """
-    if weights is None or (len(models) == 1 and not isinstance(weights, Mapping)):
+    alone = "" in models or (len(models) == 1 and not isinstance(weights, Mapping))
+    if weights is None or alone:
         return dict.fromkeys(models, weights)
     found = weights
     if isinstance(weights, str | os.PathLike):

@@ -171,7 +171,7 @@ WRONG = {
     ),
     "method": (
         [PROMPT, "--method", "magic"],
-        "method: 'magic' is not one of ['clear', 'linfusion', 'lit', 'mate']",
+        "method: 'magic' is not one of ['clear', 'hybrid', 'linfusion', 'lit', 'mate']",
     ),
     "weights": ([PROMPT, "-w", "/nowhere"], "weights: cannot read /nowhere"),
     "softmax": ([PROMPT, "--softmax", "-w", "x"], "--softmax: takes no --weights and no --layers"),

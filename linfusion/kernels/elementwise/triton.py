@@ -20,7 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linfusion.kernels.launch import Launch, Target, strides_of, target_of
+from linfusion.kernels.launch import (
+    Launch,
+    Target,
+    cdiv,
+    power_of_2,
+    stride_arguments,
+    target_of,
+)
 
 _HELD = 4096  # elements that a program holds, in 4 warps 32 a thread
 
@@ -230,7 +237,7 @@ def norm_leaky_relu(
     align, (x_sn,) = _row_strides(x)
     args |= {"X": x, "WEIGHT": weight.contiguous(), "BIAS": bias.contiguous(), "OUT": out}
     args |= {"rows": rows, "x_sn": x_sn, "eps": eps, "slope": slope, "ALIGN": align}
-    _launch(target or target_of(x), norm_leaky_relu_fwd, triton.cdiv(rows, held), args)
+    _launch(target or target_of(x), norm_leaky_relu_fwd, cdiv(rows, held), args)
     return out
 
 
@@ -276,10 +283,8 @@ def rotary_rms_norm(
     batch, tokens, heads, dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     args, held = _of_heads(dim)
-    align, (x_strides,) = strides_of(x)
-    args |= _tables(x, weight, cos, sin) | {"OUT": out, "eps": eps, "ALIGN": align}
-    args |= dict(zip(("x_sb", "x_sn", "x_sh"), x_strides, strict=True))
-    _launch(target, rotary_rms_norm_fwd, triton.cdiv(batch * tokens * heads, held), args)
+    args |= _tables(x, weight, cos, sin) | {"OUT": out, "eps": eps} | stride_arguments(x=x)
+    _launch(target, rotary_rms_norm_fwd, cdiv(batch * tokens * heads, held), args)
     return out
 
 
@@ -301,11 +306,8 @@ def rotary_rms_norm_backward(
     args, held = _of_heads(dim)
     programs, share = _shared(math.prod(x.shape[:3]), held, target)
     partial = torch.empty(programs, dim, dtype=torch.float32, device=x.device)
-    align, (x_strides, g_strides) = strides_of(x, dy)
     args |= _tables(x, weight, cos, sin) | {"DY": dy, "DX": dx, "PARTIAL": partial}
-    args |= {"share": share, "eps": eps, "ALIGN": align}
-    args |= dict(zip(("x_sb", "x_sn", "x_sh"), x_strides, strict=True))
-    args |= dict(zip(("g_sb", "g_sn", "g_sh"), g_strides, strict=True))
+    args |= {"share": share, "eps": eps} | stride_arguments(x=x, g=dy)
     _launch(target, rotary_rms_norm_bwd, programs, args)
     return dx, partial.sum(0).to(weight.dtype)
 
@@ -339,22 +341,22 @@ def _row_strides(*tensors: Tensor) -> tuple[int, list[int]]:
 
 
 def _of_rows(channels: int) -> tuple[dict[str, Any], int]:
-    block = max(16, triton.next_power_of_2(channels))
+    block = power_of_2(channels)
     held = max(1, _HELD // block)
     return {"C": channels, "BC": block, "BR": held}, held
 
 
 def _of_heads(dim: int) -> tuple[dict[str, Any], int]:
-    block = max(16, triton.next_power_of_2(dim))
+    block = power_of_2(dim)
     held = max(1, _HELD // block)
     return {"D": dim, "BD": block, "BR": held}, held
 
 
 def _shared(rows: int, held: int, target: Target) -> tuple[int, int]:
     """Programs that share the rows, two for each multiprocessor, and how many rows each has."""
-    blocks = triton.cdiv(rows, held)
-    share = triton.cdiv(blocks, min(blocks, 2 * target.multiprocessors)) * held
-    return triton.cdiv(rows, share), share
+    blocks = cdiv(rows, held)
+    share = cdiv(blocks, min(blocks, 2 * target.multiprocessors)) * held
+    return cdiv(rows, share), share
 
 
 def _launch(target: Target, kernel: Any, programs: int, args: dict[str, Any]) -> None:

@@ -11,14 +11,22 @@ it is for D in 40, 64, 80, 128, 160.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from linfusion.kernels.launch import DOT, Launch, Target, named, rows, strides_of, target_of
+from linfusion.kernels.launch import (
+    DOT,
+    Launch,
+    Target,
+    cdiv,
+    rows,
+    stride_arguments,
+    target_of,
+)
 from linfusion.kernels.linear_attention.common import Choices, LinearState
 from linfusion.kernels.linear_attention.triton_backward import (
     linear_bwd_kv,
@@ -74,8 +82,8 @@ def state_forward(
     target = target or target_of(k)
     batch, tokens = k.shape[:2]
     if key_weight is None:
-        count = torch.full((batch,), tokens, dtype=torch.float32, device=k.device)
-        return LinearState(*_state(k, v, None, count, "mean", feature_map, splits, target), count)
+        count = torch.empty(batch, dtype=torch.float32, device=k.device)  # of tokens: written below
+        return LinearState(*_state(k, v, None, count, "count", feature_map, splits, target), count)
     weight = _key_weight(key_weight, batch, tokens)
     count = weight.sum(1)
     weights = (weight, weight, tokens, 0)
@@ -108,17 +116,15 @@ def read_forward(
     dv = kv.shape[-1]
     o = torch.empty(batch, tokens, heads, dv, dtype=out_dtype, device=q.device)
     tile = _tile(target, "out", d, dv, q)
-    align, (q_strides, o_strides) = strides_of(q, o)
     _launch(
         target,
         linear_out_fwd,
-        batch * heads * triton.cdiv(tokens, tile.tokens),
+        batch * heads * cdiv(tokens, tile.tokens),
         tile,
         {"Q": q, "KV": kv, "K_MEAN": k_mean, "COUNT": count, "OUT": o}
         | {"tokens": tokens, "heads": heads, "eps": float(choices.eps)}
-        | named("q", q_strides)
-        | named("o", o_strides)
-        | _constants(d, dv, tile, choices.feature_map, align, target, q)
+        | stride_arguments(q=q, o=o)
+        | _constants(d, dv, tile, choices.feature_map, target.vendor, q.dtype)
         | {"NORMALIZER": choices.normalizer},
     )
     return o
@@ -171,16 +177,14 @@ def read_backward(
     batch, tokens, heads, d = q.shape
     dv = do.shape[-1]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    align, (q_strides, do_strides, dq_strides) = strides_of(q, do, dq)
-    fused = fuses_backward(target.vendor, d, dv, max(q.element_size(), do.element_size()))
+    itemsize = max(q.element_size(), do.element_size())
+    fused = fuses_backward(target.vendor, d, dv, itemsize, target.arch)
     tile = _tile(target, "bwd_q" if fused else "bwd_q_rows", d, dv, q, do)
     args = (
         {"Q": q, "DO": do, "KV": kv, "K_MEAN": k_mean, "COUNT": count, "DQ": dq}
         | {"tokens": tokens, "heads": heads, "eps": float(eps)}
-        | named("q", q_strides)
-        | named("g", do_strides)
-        | named("dq", dq_strides)
-        | _constants(d, dv, tile, feature_map, align, target, q, do)
+        | stride_arguments(q=q, g=do, dq=dq)
+        | _constants(d, dv, tile, feature_map, target.vendor, q.dtype, do.dtype)
         | {"NORMALIZER": normalizer}
     )
     # The partial sums are gradients of S, which is c times the mean where nothing normalises.
@@ -188,7 +192,7 @@ def read_backward(
     if not fused:
         inv = torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
         delta = torch.empty_like(inv)
-        programs = batch * heads * triton.cdiv(tokens, tile.tokens)
+        programs = batch * heads * cdiv(tokens, tile.tokens)
         args |= {"INV": inv, "DELTA": delta}
         _launch(target, linear_bwd_q_rows, programs, tile, args)
         weights = (inv, delta, heads * tokens, tokens)
@@ -197,7 +201,7 @@ def read_backward(
     partial = torch.empty(batch, heads, splits, d * dv + d, dtype=torch.float32, device=q.device)
     args |= {"PARTIAL": partial, "splits": splits, "tokens_per_split": share}
     _launch(target, linear_bwd_q, batch * heads * splits, tile, args)
-    return dq, *_reduce(partial, count, d, dv, scale, target)
+    return dq, *_reduce(partial, tokens, count, d, dv, scale, target)
 
 
 def state_backward(
@@ -221,20 +225,16 @@ def state_backward(
     dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     dv_out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     tile = _tile(target, "bwd_kv", d, dv, k, v)
-    align, (k_strides, v_strides, dk_strides, dv_strides) = strides_of(k, v, dk, dv_out)
     _launch(
         target,
         linear_bwd_kv,
-        batch * heads * triton.cdiv(tokens, tile.tokens),
+        batch * heads * cdiv(tokens, tile.tokens),
         tile,
         {"K": k, "V": v, "W": count if weight is None else weight}
         | {"DKV": dkv, "DK_MEAN": dk_mean, "COUNT": count, "DK": dk, "DV_OUT": dv_out}
         | {"tokens": tokens, "heads": heads, "w_sb": tokens}
-        | named("k", k_strides)
-        | named("v", v_strides)
-        | named("dk", dk_strides)
-        | named("dv", dv_strides)
-        | _constants(d, dv, tile, feature_map, align, target, k, v)
+        | stride_arguments(k=k, v=v, dk=dk, dv=dv_out)
+        | _constants(d, dv, tile, feature_map, target.vendor, k.dtype, v.dtype)
         | {"WEIGHTED": weight is not None},
     )
     return dk, dv_out
@@ -258,11 +258,10 @@ def _state(
     batch, tokens, heads, d = k.shape
     dv = v.shape[-1]
     tile = _tile(target, "state", d, dv, k, v)
-    groups = batch * heads * triton.cdiv(d, tile.d) * triton.cdiv(dv, tile.e)
+    groups = batch * heads * cdiv(d, tile.d) * cdiv(dv, tile.e)
     splits, share = _split(target, splits, tokens, d, groups, tile)
     partial = torch.empty(batch, heads, splits, d * dv + d, dtype=torch.float32, device=k.device)
     w_kv, w_k, w_sb, w_sh = weights or (count, count, 0, 0)
-    align, (k_strides, v_strides) = strides_of(k, v)
     _launch(
         target,
         linear_state_fwd,
@@ -270,25 +269,24 @@ def _state(
         tile,
         {"K": k, "V": v, "W_KV": w_kv, "W_K": w_k, "PARTIAL": partial}
         | {"tokens": tokens, "heads": heads, "splits": splits, "tokens_per_split": share}
-        | named("k", k_strides)
-        | named("v", v_strides)
+        | stride_arguments(k=k, v=v)
         | {"w_sb": w_sb, "w_sh": w_sh}
-        | _constants(d, dv, tile, feature_map, align, target, k, v)
+        | _constants(d, dv, tile, feature_map, target.vendor, k.dtype, v.dtype)
         | {"WEIGHTED": weights is not None},
     )
-    return _reduce(partial, count, d, dv, scale, target)
+    return _reduce(partial, tokens, count, d, dv, scale, target)
 
 
 def _reduce(
-    partial: Tensor, count: Tensor, d: int, dv: int, scale: str, target: Target
+    partial: Tensor, tokens: int, count: Tensor, d: int, dv: int, scale: str, target: Target
 ) -> tuple[Tensor, Tensor]:
     batch, heads, splits, size = partial.shape
     kv = torch.empty(batch, heads, d, dv, dtype=torch.float32, device=partial.device)
     k_mean = torch.empty(batch, heads, d, dtype=torch.float32, device=partial.device)
     args: dict[str, Any] = {"PARTIAL": partial, "COUNT": count, "KV": kv, "K_MEAN": k_mean}
-    args |= {"heads": heads, "splits": splits}
+    args |= {"heads": heads, "splits": splits, "tokens": tokens}
     args |= {"D": d, "DV": dv, "BLOCK": _REDUCE_BLOCK, "SCALE": scale}
-    programs = batch * heads * triton.cdiv(size, _REDUCE_BLOCK)
+    programs = batch * heads * cdiv(size, _REDUCE_BLOCK)
     _launch(target, linear_state_reduce, programs, Tile(1, d, dv, warps=4, stages=1), args)
     return kv, k_mean
 
@@ -310,24 +308,25 @@ def _split(
     """The number of splits, and the tokens of each: a multiple of the block."""
     if splits is None:
         splits = num_splits(tokens, d, groups, tile.tokens, target.multiprocessors)
-    blocks = triton.cdiv(tokens, tile.tokens)
-    return splits, triton.cdiv(blocks, splits) * tile.tokens
+    blocks = cdiv(tokens, tile.tokens)
+    return splits, cdiv(blocks, splits) * tile.tokens
 
 
+@functools.lru_cache(1024)
 def _constants(
-    d: int, dv: int, tile: Tile, feature_map: str, align: int, target: Target, *operands: Tensor
+    d: int, dv: int, tile: Tile, feature_map: str, vendor: str, *operands: torch.dtype
 ) -> dict[str, Any]:
+    """Not to be changed."""
     # The interpreter's products in half precision are not those of a GPU (in bfloat16 they are
     # wrong), so there the operands stay in float32. Elsewhere float32 keeps its 24 bits:
     # three TF32 products on NVIDIA, and native float32 matrix instructions on AMD.
-    dtypes = {t.dtype for t in operands}
-    exact = target.vendor == "interpreter" or len(dtypes) > 1
+    dtypes = set(operands)
+    exact = vendor == "interpreter" or len(dtypes) > 1
     sizes = {"D": d, "DV": dv, "BN": tile.tokens, "BD": tile.d, "BE": tile.e}
     return sizes | {
         "PHI": feature_map,
         "DOT": tl.float32 if exact else DOT[dtypes.pop()],
-        "PRECISION": "tf32x3" if target.vendor == "cuda" else "ieee",
-        "ALIGN": align,
+        "PRECISION": "tf32x3" if vendor == "cuda" else "ieee",
     }
 
 

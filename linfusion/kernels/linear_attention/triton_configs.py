@@ -8,6 +8,7 @@ sm_90 and sm_100) and below 64 KiB on AMD. They have never been timed on a GPU.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 
@@ -56,15 +57,17 @@ _TILES: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
 }
 
 
-def fuses_backward(vendor: str, d: int, dv: int, itemsize: int) -> bool:
+def fuses_backward(vendor: str, d: int, dv: int, itemsize: int, arch: int = 80) -> bool:
     """Whether one program can hold dS beside dq, or the backward of q is two kernels.
 
     In float32 on NVIDIA both operands of a product are split in two TF32 halves, which spills
-    beside dS at any head size.
+    beside dS at any head size; on sm_120 it spills in 16 bits as well.
     """
-    return max(d, dv) <= 64 and not (vendor == "cuda" and itemsize == 4)
+    fits = vendor != "cuda" or (itemsize == 2 and arch < 120)
+    return max(d, dv) <= 64 and fits
 
 
+@functools.lru_cache(1024)
 def tile_for(vendor: str, kernel: str, d: int, dv: int, itemsize: int) -> Tile:
     """The tile of `kernel` for heads of `d` by `dv`, cut down to powers of two that cover them."""
     widest = max(d, dv)
@@ -74,6 +77,7 @@ def tile_for(vendor: str, kernel: str, d: int, dv: int, itemsize: int) -> Tile:
     return tile._replace(d=min(tile.d, _cover(d)), e=min(tile.e, _cover(dv)))
 
 
+@functools.lru_cache(1024)
 def num_splits(tokens: int, d: int, groups: int, block: int, multiprocessors: int) -> int:
     """How many programs share the tokens of one head.
 

@@ -131,7 +131,7 @@ def linear_state_fwd(
     tl.store(PARTIAL + D * DV + d, k_sum, mask=d < tl.where(tile % E_TILES == 0, D, 0))
 
 
-@triton.jit(do_not_specialize=["heads", "splits"])
+@triton.jit(do_not_specialize=["heads", "splits", "tokens"])
 def linear_state_reduce(
     PARTIAL,  # [B, H, splits, D·DV + D] float32
     COUNT,  # [B] float32
@@ -139,12 +139,16 @@ def linear_state_reduce(
     K_MEAN,  # [B, H, D] float32
     heads,
     splits,
+    tokens,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK: tl.constexpr,
     SCALE: tl.constexpr,
 ):
-    """Add the splits in the order of their index, then scale once: 1/count, count or 1."""
+    """Add the splits in the order of their index, then scale once: 1/count, count or 1.
+
+    With the scale "count", it is tokens that are counted: 1/tokens, and COUNT is written.
+    """
     SIZE: tl.constexpr = D * DV + D
     CHUNKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
     pid = tl.program_id(0).to(tl.int64)
@@ -155,7 +159,11 @@ def linear_state_reduce(
     for _ in range(splits):
         total += tl.load(PARTIAL + i, mask=i < SIZE, other=0.0)
         PARTIAL += SIZE
-    if SCALE != "one":
+    if SCALE == "count":
+        count = tokens.to(tl.float32)
+        total /= count
+        tl.store(COUNT + bh // heads, count, mask=(bh % heads == 0) & (pid % CHUNKS == 0))
+    elif SCALE != "one":
         count = tl.load(COUNT + bh // heads)
         if SCALE == "mean":
             total /= tl.where(count == 0, 1.0, count)  # every key masked out: zeros, not 0/0

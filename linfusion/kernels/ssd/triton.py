@@ -15,10 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from linfusion.kernels.launch import Launch, Target, rows, target_of
+from linfusion.kernels.launch import Launch, Target, cdiv, rows, stride_arguments, target_of
 from linfusion.kernels.ssd.common import Choices, triton_chunk_of
 from linfusion.kernels.ssd.triton_backward import (
     ssd_bwd_decays,
@@ -32,7 +31,6 @@ from linfusion.kernels.ssd.triton_launch import (
     columns_of,
     constants_of,
     launch,
-    named_strides,
     pass_states,
     sizes_of,
     step_of,
@@ -99,13 +97,13 @@ def scan_backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     ddt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
     step = step_of(target, "read", choices, x, b, c)
-    tiles = 0 if skip is None else triton.cdiv(length, step.held)
+    tiles = 0 if skip is None else cdiv(length, step.held)
     share = torch.empty(batch, tiles, heads, channels, dtype=torch.float32, device=x.device)
     _read(target, b, c, dy, x, dt, s, dstates, skip, dx, ddt, share, choices, backward=True)
     dskip = x.new_zeros(batch, 0) if skip is None else share.sum(1).to(skip.dtype)
 
     step = step_of(target, "keys", choices, x, b, c)
-    tiles = triton.cdiv(length, step.held)
+    tiles = cdiv(length, step.held)
     between = torch.empty(
         (batch, tiles, heads, choices.chunk_size), dtype=torch.float32, device=x.device
     )
@@ -114,7 +112,7 @@ def scan_backward(
     db, written, out_of = _keys(target, b, c, x, dy, dt, s, dstates, *more, backward=True)
     within = torch.empty_like(read)
     args: dict[str, Any] = {"B": b, "C": c, "X": x, "DY": dy, "DT": dt, "S": s, "WITHIN": within}
-    args |= sizes_of(b, x) | named_strides(b=b, c=c, x=x, g=dy)
+    args |= sizes_of(b, x) | stride_arguments(b=b, c=c, x=x, g=dy)
     constants = constants_of(b, x, step, choices, True, target, (x, b, c))
     names = ("P", "N", "BM", "BK", "REVERSE", "DOT", "PRECISION")
     args |= {name: constants[name] for name in names} | {"BD": columns_of(step, constants)}
@@ -153,11 +151,11 @@ def _read(
     batch, length, heads, _ = v.shape
     step = step_of(target, "read", choices, x, q, k)
     args: dict[str, Any] = {"Q": q, "K": k, "V": v, "X": x, "DT": dt, "S": s, "STATES": states}
-    args |= {"SKIP": s if skip is None else skip.contiguous(), "OUT": out}
+    args |= {"SKIP": s if skip is None else skip.float().contiguous(), "OUT": out}
     args |= {"DDT": s if ddt is None else ddt, "DSKIP": s if dskip is None else dskip}
-    args |= sizes_of(k, v) | named_strides(q=q, k=k, v=v, x=x) | {"SKIPS": skip is not None}
+    args |= sizes_of(k, v) | stride_arguments(q=q, k=k, v=v, x=x) | {"SKIPS": skip is not None}
     args |= constants_of(k, v, step, choices, backward, target, (x, q, k))
-    launch(target, ssd_read, batch * heads * triton.cdiv(length, step.held), args, step)
+    launch(target, ssd_read, batch * heads * cdiv(length, step.held), args, step)
 
 
 def _keys(
@@ -178,7 +176,7 @@ def _keys(
     batch, length, heads, _ = v.shape
     groups = q.shape[2]
     step = step_of(target, "keys", choices, v, q, k)
-    programs = batch * groups * triton.cdiv(length, step.held)
+    programs = batch * groups * cdiv(length, step.held)
     if splits is None:
         splits = num_splits(heads // groups, programs, target.multiprocessors)
     dq = torch.empty(
@@ -192,7 +190,7 @@ def _keys(
     args: dict[str, Any] = {"Q": q, "K": k, "U": u, "V": v, "DT": dt, "S": s, "STATES": states}
     args |= {"DQ": dq, "PAIRS": pairs, "EDGES": edges}
     args |= {"BETWEEN": between, "splits": splits}
-    args |= sizes_of(k, v) | named_strides(q=q, k=k, u=u, v=v)
+    args |= sizes_of(k, v) | stride_arguments(q=q, k=k, u=u, v=v)
     args |= constants_of(k, v, step, choices, backward, target, (v, q, k))
     args["BD"] = columns_of(step, args)
     del args["BP"]  # rows of a state are taken BD at a time

@@ -239,7 +239,7 @@ def ssd_read(
     DT,  # [B, L, H] float32, contiguous
     S,  # [B, H, 2, L] float32
     STATES,  # [B, chunks, H, P, N] float32, contiguous
-    SKIP,  # [B, H, P], contiguous
+    SKIP,  # [B, H, P] float32, contiguous
     OUT,  # [B, L, H, P], contiguous
     DDT,  # [B, L, H] float32, contiguous
     DSKIP,  # [B, tiles, H, P] float32, contiguous
@@ -324,7 +324,7 @@ def ssd_read(
         tl.store(DDT + (b * length + token) * heads + h, tl.sum(o * x, 1), mask=inside)
         o *= tl.load(DT + token * heads, mask=inside, other=0.0)[:, None]
     if SKIPS:
-        skip = tl.load(SKIP + (b * heads + h) * P + p, mask=p < P, other=0.0).to(tl.float32)
+        skip = tl.load(SKIP + (b * heads + h) * P + p, mask=p < P, other=0.0)
         if BACKWARD:
             dy = rows_of(V, token, inside, p, v_sn, P, ALIGN)  # [BM, BP]
             tl.store(DSKIP + pid.to(tl.int64) * P + p, tl.sum(dy * x, 0), mask=p < P)

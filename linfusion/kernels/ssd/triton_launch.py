@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from linfusion.kernels.launch import DOT, Launch, Target, named, strides_of
+from linfusion.kernels.launch import DOT, Launch, Target, cdiv, power_of_2, stride_arguments
 from linfusion.kernels.ssd.common import Choices
 from linfusion.kernels.ssd.triton_configs import Step, step_for
 from linfusion.kernels.ssd.triton_forward import ssd_cumsum, ssd_pass, ssd_states
@@ -27,7 +27,7 @@ def sums_of(target: Target, a: Tensor, choices: Choices) -> Tensor:
     args: dict[str, Any] = {"A": a, "S": s}
     args |= {"length": length, "heads": heads, "BH": _SUM_HEADS}
     args |= {"CHUNK": choices.chunk_size, "REVERSE": choices.reverse}
-    programs = batch * triton.cdiv(length, choices.chunk_size) * triton.cdiv(heads, _SUM_HEADS)
+    programs = batch * cdiv(length, choices.chunk_size) * cdiv(heads, _SUM_HEADS)
     launch(target, ssd_cumsum, programs, args)
     return s
 
@@ -44,18 +44,18 @@ def chunk_states(
 ) -> Tensor:
     """What every chunk adds to a state [B, chunks, H, P, N], its tokens times their steps `dt`."""
     batch, length, heads, channels = v.shape
-    features, chunks = k.shape[3], triton.cdiv(length, choices.chunk_size)
+    features, chunks = k.shape[3], cdiv(length, choices.chunk_size)
     states = torch.empty(
         batch, chunks, heads, channels, features, dtype=torch.float32, device=v.device
     )
     step = step_of(target, "states", choices, *operands)
     args: dict[str, Any] = {"K": k, "V": v, "S": s, "STATES": states}
     args |= {"DT": s if dt is None else dt, "STEPS": dt is not None}
-    args |= sizes_of(k, v) | named_strides(k=k, v=v)
+    args |= sizes_of(k, v) | stride_arguments(k=k, v=v)
     args |= constants_of(k, v, step, choices, backward, target, operands)
     del args["BM"]  # it holds a tile of the state
     args |= {"BP": min(args["BP"], step.columns), "BN": min(args["BN"], step.columns)}
-    tiles = triton.cdiv(channels, args["BP"]) * triton.cdiv(features, args["BN"])
+    tiles = cdiv(channels, args["BP"]) * cdiv(features, args["BN"])
     launch(target, ssd_states, batch * chunks * heads * tiles, args, step)
     return states
 
@@ -70,7 +70,7 @@ def pass_states(
     args |= {"FIRST": last if first is None else first.contiguous()}
     args |= {"length": s.shape[3], "heads": heads, "SIZE": channels * features}
     args |= {"BLOCK": _PASS_BLOCK, "CHUNK": chunk, "STARTED": first is not None}
-    programs = batch * heads * triton.cdiv(channels * features, _PASS_BLOCK)
+    programs = batch * heads * cdiv(channels * features, _PASS_BLOCK)
     launch(target, ssd_pass, programs, args | {"BACKWARD": backward})
     return last
 
@@ -90,7 +90,9 @@ def launch(
 def step_of(target: Target, kernel: str, choices: Choices, x: Tensor, b: Tensor, c: Tensor) -> Step:
     vendor = "hip" if target.vendor == "interpreter" else target.vendor
     itemsize = max(t.element_size() for t in (x, b, c))
-    return step_for(vendor, kernel, max(x.shape[3], b.shape[3]), itemsize, choices.chunk_size)
+    return step_for(
+        vendor, kernel, max(x.shape[3], b.shape[3]), itemsize, choices.chunk_size, target.arch
+    )
 
 
 def columns_of(step: Step, constants: dict[str, Any]) -> int:
@@ -99,14 +101,6 @@ def columns_of(step: Step, constants: dict[str, Any]) -> int:
 
 def sizes_of(k: Tensor, v: Tensor) -> dict[str, int]:
     return {"length": v.shape[1], "heads": v.shape[2], "groups": k.shape[2]}
-
-
-def named_strides(**tensors: Tensor) -> dict[str, int]:
-    align, strides = strides_of(*tensors.values())
-    args: dict[str, int] = {"ALIGN": align}
-    for name, stride in zip(tensors, strides, strict=True):
-        args |= named(name, stride)
-    return args
 
 
 def constants_of(
@@ -118,22 +112,41 @@ def constants_of(
     target: Target,
     operands: tuple[Tensor, ...],
 ) -> dict[str, Any]:
+    return _constants(
+        v.shape[3],
+        k.shape[3],
+        step,
+        choices,
+        backward,
+        target.vendor,
+        frozenset(t.dtype for t in operands),
+    ).copy()
+
+
+@functools.lru_cache(1024)
+def _constants(
+    channels: int,
+    features: int,
+    step: Step,
+    choices: Choices,
+    backward: bool,
+    vendor: str,
+    dtypes: frozenset[torch.dtype],
+) -> dict[str, Any]:
     # The interpreter's products in half precision are not those of a GPU (in bfloat16 they are
     # wrong), so there the operands stay in float32. Elsewhere float32 keeps its 24 bits:
     # three TF32 products on NVIDIA, and native float32 matrix instructions on AMD.
-    dtypes = {t.dtype for t in operands}
-    exact = target.vendor == "interpreter" or len(dtypes) > 1
-    channels, features = v.shape[3], k.shape[3]
+    exact = vendor == "interpreter" or len(dtypes) > 1
     return {
         "P": channels,
         "N": features,
-        "BP": max(16, triton.next_power_of_2(channels)),
-        "BN": max(16, triton.next_power_of_2(features)),
+        "BP": power_of_2(channels),
+        "BN": power_of_2(features),
         "BM": step.held,
         "BK": step.taken,
         "CHUNK": choices.chunk_size,
         "REVERSE": choices.reverse,
         "BACKWARD": backward,
-        "DOT": tl.float32 if exact else DOT[dtypes.pop()],
-        "PRECISION": "tf32x3" if target.vendor == "cuda" else "ieee",
+        "DOT": tl.float32 if exact else DOT[next(iter(dtypes))],
+        "PRECISION": "tf32x3" if vendor == "cuda" else "ieee",
     }
