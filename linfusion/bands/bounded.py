@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import linfusion.bands.rules  # noqa: F401  fills the table of rules
@@ -148,7 +149,9 @@ def _call(model: Any, inputs: dict[str, Any], engine: Engine) -> Any:
     wrapped = {
         name: engine.wrap(value) if name in _PICTURES else value for name, value in inputs.items()
     }
-    with fused_on_whole_tokens(model):
+    # Of a dry run, Rows make nothing large, and asking modes for each of their operations is slow.
+    asked = _disable_current_modes() if engine.dry else contextlib.nullcontext()
+    with fused_on_whole_tokens(model), asked:
         return eager(model)(**wrapped)
 
 
