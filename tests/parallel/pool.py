@@ -16,6 +16,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 WORLD = 4
+ALL = bool(os.environ.get("LINFUSION_ALL_RANKS"))  # `make parallel`: every case on every number
 LIMIT = 240  # seconds for a job, on a machine that does other things as well
 
 _pool: list[Pool] = []
@@ -67,6 +68,11 @@ class Pool:
         self.folder.cleanup()
         if self in _pool:
             _pool.remove(self)
+
+
+def cases(few: list[Any], more: list[Any]) -> list[Any]:
+    """What a test is run with: the few that hurt most, with `make parallel` the others, too."""
+    return [*few, *more] if ALL else few
 
 
 def run(world: int, job: Callable[..., Any], *args: Any) -> list[Any]:

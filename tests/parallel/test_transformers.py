@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from linfusion.linearize import linearize
 from linfusion.parallel.parallelize import parallelize
 from tests import tiny_video, tiny_video_hosts
-from tests.parallel.pool import run
+from tests.parallel.pool import cases, run
 from tests.parallel.sharing import alone_and_shared, difference, shared
 from tests.tiny_dit import dit_inputs, pixart_inputs, tiny_dit, tiny_pixart
 from tests.tiny_joint import SD35, flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
@@ -106,8 +106,13 @@ def video(model, grid):
     return tiny_video_hosts.inputs(model, grid, batch=1, return_dict=True)
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name, world",
+    cases(
+        [(name, 3) for name in CASES] + [("flux", 4), ("wan", 4), ("wan", 1)],
+        [(name, 2) for name in CASES] + [(name, 4) for name in CASES if name not in "flux wan"],
+    ),
+)
 def test_a_shared_transformer_is_the_one_alone(name, world):
     # Rotary embeddings and norms of diffusers round gradients to float32, of which each rank has
     # its own share. What is ours is held to 1e-10 in test_scan and test_ranks.
@@ -142,7 +147,7 @@ def compiled_job(ranks, name):
             return difference(model(**given).sample, alone)
 
 
-@pytest.mark.parametrize("name", ["flux", "pixart"])
+@pytest.mark.parametrize("name", cases(["pixart"], ["flux"]))
 def test_blocks_of_a_shared_model_compile_whole(name):
     assert max(run(2, compiled_job, name)) < 2e-5
 
