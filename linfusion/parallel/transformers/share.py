@@ -116,6 +116,11 @@ def share_transformer(model: Any, mesh: Mesh, around: Callable[..., Any]) -> Cal
         return undo.close
 
     def run(forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        if record_of(model) is None:
+            raise ValueError(
+                f"{type(model).__name__}: it was restored while it is parallelized; call"
+                " linfusion.unparallelize first, and linearize again before parallelize"
+            )
         _check_processors(model, host.method)
         shard = host.shard(model, inputs, mesh.sp)
         with _calling(shard):
