@@ -61,9 +61,11 @@ class Pool:
         return [found[rank] for rank in range(world)]
 
     def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()  # an idle rank leaves
         for process in self.processes:
+            process.join(2)
             process.kill()
-        for process in self.processes:
             process.join()
         self.folder.cleanup()
         if self in _pool:
