@@ -12,9 +12,9 @@ from torch import Tensor
 
 from linfusion.attention.grids import dit, joint, video
 from linfusion.layers.record import record_of
-from linfusion.parallel import sana
 from linfusion.parallel.ranks import Ranks, cut_rows
 from linfusion.parallel.shard import Shard
+from linfusion.parallel.transformers import sana
 
 
 @dataclass(frozen=True)
