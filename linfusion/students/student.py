@@ -11,7 +11,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from linfusion.attention import get_method
@@ -20,7 +19,7 @@ from linfusion.attention.linfusion.feature_map import NAME
 from linfusion.files import whole_files
 from linfusion.layers.difference import Difference, differences
 from linfusion.layers.find import shorten
-from linfusion.layers.record import MARKER
+from linfusion.layers.record import layer_at
 from linfusion.students.entry import Entry, holder, place
 
 LAYOUTS = ("numbered", "paths")
@@ -165,47 +164,11 @@ class LinFusion(ModelMixin, ConfigMixin):
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
 
-def from_saved_model(model: nn.Module) -> LinFusion:
-    """The learned part that a linearized model wrote with its own `save_pretrained`.
-
-    Args:
-        model: loaded by diffusers, which drops tensors it does not know; its config says that it
-            was linearized and from where it came.
-
-    Raises:
-        ValueError: they are not there, or not those the config says.
-    """
-    config: Any = model.config
-    marker, source = config[MARKER], config.get("_name_or_path")
-    method = marker["method"]
-    files = sorted(Path(source).glob("*.safetensors")) if source else []
-    state: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if f".{method}." in name]  # noqa: SIM118
-            state |= {name: tensors.get_tensor(name) for name in names}
-    side = LinFusion(
-        modules_list=modules_list(model, method, marker["layers"]),
-        layout="paths",
-        attention_weights=False,
-        method=method,
-    )
-    expected = {k: tuple(t.shape) for k, t in side.state_dict().items()}
-    wrong = [k for k, shape in expected.items() if k not in state or state[k].shape != shape]
-    if wrong:
-        raise ValueError(
-            f"weights: the model was saved linearized, but {shorten(wrong)} cannot be read from"
-            f" {source}; give the student's folder as weights="
-        )
-    side.load_state_dict({k: state[k] for k in expected})
-    return side
-
-
 def modules_list(model: nn.Module, method: str, settings: Mapping[str, Any]) -> list[Any]:
     """What a config says of the layers of a model that have these settings, by path."""
     key = get_method(method).setting_key
     return [
-        Entry.of(path, model.get_submodule(path), setting).to_dict(key)
+        Entry.of(path, layer_at(model, path), setting).to_dict(key)
         for path, setting in settings.items()
     ]
 
@@ -247,9 +210,12 @@ def read_config(source: Any, **kwargs: Any) -> Mapping[str, Any]:
 def unreadable(source: Any, error: OSError) -> ValueError:
     """That there is no student at a folder or hub name, and why."""
     name = os.fspath(source)
-    if not os.path.exists(name) and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    there = os.path.exists(name)
+    if not there and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         return ValueError(f"weights: cannot read {source}: there is no such folder")
-    if not os.path.exists(name) and HF_HUB_OFFLINE:
+    if there and not os.path.isfile(os.path.join(name, "config.json")):
+        return ValueError(f"weights: cannot read {source}: it has no readable config.json")
+    if not there and HF_HUB_OFFLINE:
         return ValueError(
             f"weights: cannot read {source}: there is no such folder, and it is not in the cache of"
             " the hub, which HF_HUB_OFFLINE keeps us from asking"
