@@ -10,7 +10,7 @@ from torch import nn
 from linfusion.bands.rows import BAND_BYTES, Engine
 
 BANDS_AT_ONCE = 8  # tensors of `band_bytes` that one band holds, roughly
-AT_ONCE = 2  # of the widest tensors, where there are no bands, beside those that are kept
+AT_ONCE = 3  # of the widest tensors, where there are no bands, beside those that are kept
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {p + "b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
 _UNITS |= {p + "ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
@@ -49,6 +49,7 @@ class Ledger:
         self.unbanded |= engine.unbanded
 
 
+# accelerate's `convert_file_size_to_int` takes "800mb" for megabits, and no "2TB".
 def parse_bytes(budget: int | str, argument: str = "memory_budget") -> int:
     """Bytes of 12_000_000_000, "12GB" (10⁹) or "12GiB" (2³⁰).
 

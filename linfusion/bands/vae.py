@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import linfusion.bands.rules  # noqa: F401  fills the table of rules
 from linfusion.bands.budget import Ledger, share_of, weight_bytes
+from linfusion.bands.hollow import hollow
 from linfusion.bands.hosts import execution_device
 from linfusion.bands.rows import Engine, Node, Rows
 from linfusion.bands.store import Policy, Store
@@ -45,8 +47,12 @@ def decode_rows(
         uint8 [rows, W, 3].
     """
     vae, config = _untiled(vae), vae.config
-    latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-    latents = latents.to(execution_device(vae), vae.dtype)
+    device = execution_device(vae)
+    if dry:
+        latents = hollow(latents.shape, vae.dtype, device)
+    else:
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        latents = latents.to(device, vae.dtype)
     factor = 2 ** (len(config.block_out_channels) - 1)
     whole = memory_budget is None and _is_small(latents.shape, factor)
     if whole and not dry:
@@ -136,6 +142,19 @@ def encode_rows(
                 ledger.add(engine)
     shift = getattr(config, "shift_factor", None) or 0.0
     return (latents - shift) * config.scaling_factor
+
+
+@contextlib.contextmanager
+def full_precision(vae: Any) -> Iterator[None]:
+    """A VAE that overflows in float16 runs in float32 meanwhile, as in SDXL's own pipeline."""
+    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(torch.float16)
 
 
 def _vae_engine(

@@ -7,9 +7,10 @@ import torch
 
 from linfusion.bands.bounded import bounded
 from linfusion.bands.budget import BAND_BYTES, BANDS_AT_ONCE
+from linfusion.fuse import fuse
 from linfusion.linearize import linearize
 from linfusion.parallel.pictures import share_coder
-from tests.parallel.pool import run
+from tests.parallel.pool import cases, run
 from tests.parallel.sharing import difference, shared, watched
 from tests.tiny import denoise, tiny_unet, tiny_vae, tiny_xl_unet, unet_inputs
 
@@ -49,8 +50,13 @@ def unet_job(ranks, make, height, dtype):
     return difference(together, alone), difference(again, alone), "forward" in unet.__dict__
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("make", [tiny_unet, tiny_xl_unet])
+@pytest.mark.parametrize(
+    "make, world",
+    cases(
+        [(tiny_unet, 1), (tiny_unet, 3), (tiny_xl_unet, 4)],
+        [(tiny_unet, 2), (tiny_unet, 4), *((tiny_xl_unet, n) for n in (1, 2, 3))],
+    ),
+)
 def test_a_shared_unet_is_the_one_alone(world, make):
     # 10 rows are 5 at the lower level, and not the same for any two ranks or more.
     for error, undone, left in run(world, unet_job, make, 10, torch.float64):
@@ -140,3 +146,21 @@ def processors_job(ranks):
 
 def test_layers_left_softmax_read_the_keys_of_all_ranks():
     assert max(run(2, processors_job)) < 2e-5
+
+
+def changed_job(ranks, change):
+    """A UNet that was fused or whose blocks were compiled."""
+    unet = lively(linearize(tiny_unet(), "linfusion"))
+    inputs = rectangle(unet, 8, 6)
+    alone = denoise(unet, **inputs)
+    if change == "fused":
+        fuse(unet)
+    with shared(ranks, unet):
+        if change == "compiled":
+            unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+        return difference(denoise(unet, **inputs), alone)
+
+
+@pytest.mark.parametrize("change", ["fused", "compiled"])
+def test_a_unet_that_is_fused_or_compiled_is_shared_as_well(change):
+    assert max(run(2, changed_job, change)) < 2e-5
