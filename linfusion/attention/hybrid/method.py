@@ -22,17 +22,18 @@ def settings(
     """Fields of the `Rest` of every layer: the options, else what the weights say.
 
     Raises:
-        ValueError: other features than those of the weights.
+        ValueError: another learned part than that of the weights.
     """
     if stored is None:
         return {path: asdict(Rest(**options)) for path in paths}
     found = {}
     for path, setting in stored.items():
-        if options.get("features", setting["features"]) != setting["features"]:
-            raise ValueError(
-                f"features: got {options['features']!r}, but {path} of the weights has"
-                f" {setting['features']!r}; leave it out"
-            )
+        for name in ("maps", "features"):
+            if options.get(name, setting[name]) != setting[name]:
+                raise ValueError(
+                    f"{name}: got {options[name]!r}, but {path} of the weights has"
+                    f" {setting[name]!r}; leave it out"
+                )
         found[path] = asdict(Rest(**{**setting, **options}))
     return found
 
