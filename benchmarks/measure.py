@@ -71,6 +71,12 @@ def peak_extra_mb(run: Callable[[], object]) -> float:
     return float("nan") if extra is None else extra / 2**20
 
 
+def _wait() -> None:
+    """What was launched on an accelerator is done before a clock is read."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
 def compare(
     kernel: str,
     size: int,
@@ -103,8 +109,10 @@ def compare(
                 run()  # buffers, packed weights and threads are set up once
                 memory[name] = peak_extra_mb(run)
                 continue
+            _wait()
             start = time.perf_counter()
             run()
+            _wait()
             seconds[name].append(time.perf_counter() - start)
     first = next(iter(rivals))
     median = {name: statistics.median(times) for name, times in seconds.items()}

@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 
 SIZES = (1024, 2048, 4096, 8192, 16384)
 WORLDS = (2, 4, 8)
-HALF, SINGLE, DOUBLE = 2, 4, 8  # bytes
+HALF, SINGLE = 2, 4  # bytes
 PEAK, LINK, LATENCY = 989e12, 450e9, 20e-6  # H100 SXM: dense bf16, NVLink one way; one collective
 
 # The published configs, as far as sizes go.
@@ -175,7 +175,7 @@ def unet_sent(layers: Layers, pixels: int, world: int, element: int = HALF) -> S
     """Of a UNet with linear self-attention whose output has `pixels` numbers."""
     halo = sum(numbers * sides for numbers, sides in layers.rows) * element
     edges = sum(numbers * 2 for numbers, _ in layers.rows if numbers > 0) * element
-    moments = sum(3 * groups * DOUBLE for groups in layers.norms)
+    moments = sum(3 * groups * SINGLE for groups in layers.norms)
     states = sum((heads * dim * (dim + 1) + 1) * SINGLE for _, heads, dim in layers.attention)
     output = gathered(pixels / world * element, world)
     rest = halo + gathered(moments, world) + output

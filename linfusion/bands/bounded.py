@@ -77,11 +77,29 @@ def bounded(
     with contextlib.ExitStack() as stack:
         for called in _called(target):
             model = unwrapped(called)
-            for part in model.modules():
-                if part is not model and part.__dict__.get("_compiled_call_impl") is not None:
-                    stack.enter_context(around(part, functools.partial(_uncompiled, part)))
+            stack.enter_context(parts_uncompiled(model))
             stack.enter_context(around(called, _banded(model, engine, ledger, dry)))
         yield ledger
+
+
+@contextlib.contextmanager
+def parts_uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within, what was compiled of a model's parts runs as Python has it."""
+    with contextlib.ExitStack() as stack:
+        for part in model.modules():
+            if part is not model and part.__dict__.get("_compiled_call_impl") is not None:
+                stack.enter_context(around(part, functools.partial(_uncompiled, part)))
+        yield
+
+
+@contextlib.contextmanager
+def fused_on_whole_tokens(model: nn.Module) -> Iterator[None]:
+    """Within, the layers that `fuse` made get whole tokens, not Rows."""
+    with contextlib.ExitStack() as stack:
+        for attn in model.modules():
+            if (fused := getattr(attn, "_modules", {}).get(FUSED)) is not None:
+                stack.enter_context(around(fused, _on_whole_tokens))
+        yield
 
 
 def _uncompiled(module: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,10 +148,7 @@ def _call(model: Any, inputs: dict[str, Any], engine: Engine) -> Any:
     wrapped = {
         name: engine.wrap(value) if name in _PICTURES else value for name, value in inputs.items()
     }
-    with contextlib.ExitStack() as stack:
-        for attn in model.modules():
-            if (fused := getattr(attn, "_modules", {}).get(FUSED)) is not None:
-                stack.enter_context(around(fused, _on_whole_tokens))
+    with fused_on_whole_tokens(model):
         return eager(model)(**wrapped)
 
 

@@ -49,6 +49,7 @@ class Ledger:
         self.unbanded |= engine.unbanded
 
 
+# accelerate's `convert_file_size_to_int` takes "800mb" for megabits, and no "2TB".
 def parse_bytes(budget: int | str, argument: str = "memory_budget") -> int:
     """Bytes of 12_000_000_000, "12GB" (10⁹) or "12GiB" (2³⁰).
 

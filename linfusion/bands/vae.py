@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -136,6 +137,19 @@ def encode_rows(
                 ledger.add(engine)
     shift = getattr(config, "shift_factor", None) or 0.0
     return (latents - shift) * config.scaling_factor
+
+
+@contextlib.contextmanager
+def full_precision(vae: Any) -> Iterator[None]:
+    """A VAE that overflows in float16 runs in float32 meanwhile, as in SDXL's own pipeline."""
+    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if upcast:
+            vae.to(torch.float16)
 
 
 def _vae_engine(

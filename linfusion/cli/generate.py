@@ -15,7 +15,6 @@ from typer import Argument, Option
 
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, say, working
-from linfusion.cli.kinds import refuse_other_kinds
 from linfusion.cli.ranks import ParallelOption, join_ranks
 from linfusion.cli.size import check_pixels, choose_size
 
@@ -108,7 +107,7 @@ def generate(
     guidance_scale = _at_least(0, "guidance_scale", guidance_scale)
     more = load.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
     loras = load.parse_lora(lora)
-    load.check_model(model)
+    where = load.check_model(model)
     if softmax and (weights or layers):
         raise ValueError("--softmax: takes no --weights and no --layers")
     if parallel and (softmax or compile_blocks):
@@ -120,10 +119,11 @@ def generate(
     paths = output_paths(output, prompts, num_images_per_prompt, seed)
 
     from linfusion.pipelines.arguments import draw_arguments, pixel_multiple
+    from linfusion.pipelines.kinds import refuse_other_kinds
     from linfusion.summary import summary
 
     with working(f"loading {model}"):
-        refuse_other_kinds(model, revision=revision, token=token)
+        refuse_other_kinds(model, where, revision=revision, token=token)
         pipe = load.load_pipeline(
             model,
             dtype=dtype,

@@ -21,10 +21,12 @@ def measure(work: Callable[[], Any], device: str = "cpu") -> tuple[Any, float, i
         of the GPU on CUDA, of this process on Linux, None elsewhere.
     """
     before = _reset_peak(device)
+    if device != "cpu":
+        torch.accelerator.synchronize(device)
     start = time.perf_counter()
     result = work()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+    if device != "cpu":
+        torch.accelerator.synchronize(device)
     seconds = time.perf_counter() - start
     return result, seconds, None if before is None else max(0, _peak(device) - before)
 

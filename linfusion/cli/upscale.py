@@ -198,8 +198,8 @@ def upscale(
             plan = highres.plan(prompt, **call)
         else:
             generator = None if seed is None else torch.Generator().manual_seed(seed)
-            if not place.first:  # it computes its rows; the first one writes
-                call |= {"output": None, "output_type": "latent"}
+            if not place.first:  # it computes its rows, also of the VAE; the first one writes
+                call |= {"output": None, "output_type": "pil"}
             begun = time.perf_counter()
             made = highres(prompt, generator=generator, state=state, resume=resume, **call)
             seconds = round(time.perf_counter() - begun, 3)

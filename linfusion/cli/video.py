@@ -13,7 +13,6 @@ from typer import Argument, Option
 from linfusion.cli import load
 from linfusion.cli.console import Json, check_writable, emit_json, say, working
 from linfusion.cli.generate import check_length, check_prompts
-from linfusion.cli.kinds import refuse_all_but
 from linfusion.cli.ranks import ParallelOption, join_ranks
 from linfusion.cli.size import choose_size
 
@@ -104,8 +103,6 @@ def video(
         raise ValueError("image: got one beside --continue; accepted is one of them")
     load.check_model(model)
     check_writable("output", output.parent)
-    if parallel and state is not None:
-        raise ValueError("parallel: does not take --state, which is of one process")
     place = join_ranks(parallel)
 
     import torch
@@ -189,9 +186,11 @@ def _load(
     Raises:
         ValueError: a pipeline of another kind.
     """
+    from linfusion.pipelines.kinds import refuse_all_but
     from linfusion.pipelines.lingen.pipeline import LinGenPipeline
 
-    refuse_all_but("LinGenPipeline", model, revision=revision, token=token)
+    where = load.check_model(model)
+    refuse_all_but("LinGenPipeline", model, where, revision=revision, token=token)
     pipe = load.load_pipeline(
         model,
         dtype=dtype,

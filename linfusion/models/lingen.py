@@ -68,7 +68,7 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LinGenBlock"]  # noqa: RUF012
     _repeated_blocks = ["LinGenBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules = ["A_log", "A_log_b", "dt_bias", "dt_bias_b"]  # noqa: RUF012
+    _keep_in_fp32_modules = ["A_log", "A_log_b", "dt_bias", "dt_bias_b", "D", "D_b"]  # noqa: RUF012
     _skip_layerwise_casting_patterns = ["pos_embed", "norm"]  # noqa: RUF012
 
     @register_to_config

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from linfusion.parallel.mesh import Mesh
+from linfusion.pipelines.state import seed_of
 
 
 def agree(mesh: Mesh, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -28,10 +29,12 @@ def agree(mesh: Mesh, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     given = {**{k: v for k, v in bound.items() if k != "kwargs"}, **bound.get("kwargs", {})}
     seed = int(torch.empty((), dtype=torch.int64).random_())
     prints = {name: fingerprint(value) for name, value in given.items() if name != "self"}
-    found = mesh.gather((prints, seed))
-    refuse_different([prints for prints, _ in found])
+    # A video that goes on has its seed; asked before any rank may have begun one.
+    kept = seed_of(given["state"]) if given.get("resume") and given.get("state") else None
+    found = mesh.gather((prints, seed, kept))
+    refuse_different([prints for prints, _, _ in found])
     missing = "generator" in signature.parameters and given.get("generator") is None
-    if missing and not given.get("resume"):  # a video that goes on has its seed
+    if missing and found[0][2] is None:
         given["generator"] = torch.Generator("cpu").manual_seed(found[0][1])
     return given
 

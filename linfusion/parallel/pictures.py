@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import linfusion.bands.rules  # noqa: F401  fills the table of rules
+from linfusion.bands.bounded import fused_on_whole_tokens, parts_uncompiled
 from linfusion.bands.rows import Engine, Rows
 from linfusion.bands.store import Store
 from linfusion.parallel.hooks import put_around
@@ -60,7 +61,8 @@ def share_model(model: Any, mesh: Mesh, around: Callable[..., Any]) -> Callable[
                 " [B, C, H, W]"
             )
         share = Share(mesh.sp, cut_rows(sample.shape[2], mesh.sp.world, unit))
-        return on_rows(forward, inputs, _PICTURES, share)
+        with parts_uncompiled(model), fused_on_whole_tokens(model):
+            return on_rows(forward, inputs, _PICTURES, share)
 
     return put_around(model, functools.partial(around, run), names)
 

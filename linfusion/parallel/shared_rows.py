@@ -14,7 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from linfusion.bands.rows import Engine, Node, rows_taken
+from linfusion.bands.evaluate import rows_taken
+from linfusion.bands.rows import Engine, Node
 from linfusion.bands.store import Whole
 from linfusion.parallel.ranks import Ranks, Run
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -14,6 +15,7 @@ from linfusion import zoo
 from linfusion.cli import main
 from linfusion.students import saving as weights
 from tests.tiny import tiny_image, tiny_sd_pipeline
+from tests.tiny_joint import tiny_flow_vae, tiny_flux_pipeline
 
 PROMPT = "a red apple"
 
@@ -450,3 +452,45 @@ def test_help_lists_the_commands(run, arguments):
 
 def test_the_version_is_printed(run):
     assert run("--version") == (0, f"linfusion {linfusion.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "command, name, message",
+    [
+        (
+            "generate",
+            "WanPipeline",
+            "draws videos; `linfusion video` draws those of LinGenPipeline",
+        ),
+        ("generate", "CogVideoXPipeline", "draws videos"),
+        ("generate", "DDPMPipeline", "draws from neither a prompt nor a class"),
+        ("generate", "StableDiffusionInpaintPipeline", "starts from a picture"),
+        ("generate", "FluxControlPipeline", "draws after a control picture"),
+        ("generate", "KandinskyV22Pipeline", "draws from neither a prompt nor a class"),
+        ("video", "WanPipeline", "runs in diffusers itself; here are those of LinGenPipeline"),
+        ("video", "DDPMPipeline", "which draws no videos"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_before_it_is_loaded(
+    command, name, message, tmp_path, capsys
+):
+    (tmp_path / "model").mkdir()  # nothing but its class: loading it would fail otherwise
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(SystemExit) as stop:
+        main([command, PROMPT, "-m", str(tmp_path / "model"), "-o", str(tmp_path / "x.png")])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("linfusion: model: ") and f"is a {name}, which {message}" in last
+
+
+def test_a_size_that_flux_cannot_draw_names_the_nearest_two(tmp_path, capsys):
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4}
+    blocks |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [8] * 4}
+    vae = AutoencoderKL.from_config({**tiny_flow_vae().config, **blocks})
+    tiny_flux_pipeline(vae=vae).save_pretrained(tmp_path / "flux")  # 16 pixels to a token
+    call = ["generate", PROMPT, "-m", tmp_path / "flux", "--softmax", "--size", "136x64"]
+    with pytest.raises(SystemExit) as stop:
+        main([*(str(a) for a in call), "-o", str(tmp_path / "x.png")])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and not (tmp_path / "x.png").exists()
+    assert "width: 136 px; accepted are multiples of 16, from 16 up; nearest: 128 and 144" in last

@@ -7,6 +7,7 @@ import torch
 
 from linfusion.bands.bounded import bounded
 from linfusion.bands.budget import BAND_BYTES, BANDS_AT_ONCE
+from linfusion.fuse import fuse
 from linfusion.linearize import linearize
 from linfusion.parallel.pictures import share_coder
 from tests.parallel.pool import run
@@ -140,3 +141,21 @@ def processors_job(ranks):
 
 def test_layers_left_softmax_read_the_keys_of_all_ranks():
     assert max(run(2, processors_job)) < 2e-5
+
+
+def changed_job(ranks, change):
+    """A UNet that was fused or whose blocks were compiled."""
+    unet = lively(linearize(tiny_unet(), "linfusion"))
+    inputs = rectangle(unet, 8, 6)
+    alone = denoise(unet, **inputs)
+    if change == "fused":
+        fuse(unet)
+    with shared(ranks, unet):
+        if change == "compiled":
+            unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+        return difference(denoise(unet, **inputs), alone)
+
+
+@pytest.mark.parametrize("change", ["fused", "compiled"])
+def test_a_unet_that_is_fused_or_compiled_is_shared_as_well(change):
+    assert max(run(2, changed_job, change)) < 2e-5

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from diffusers import StableDiffusionControlNetPipeline
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import DeviceMesh
 
 from linfusion.linearize import linearize
@@ -204,3 +205,38 @@ def test_a_rank_that_fails_ends_the_others_with_its_reason():
     assert failing[:2] == ("OSError", "the disk is full")
     assert waiting[0] == "RuntimeError" and waiting[2] < 60
     assert waiting[1] == "rank 1 failed, and with it this one: OSError: the disk is full"
+
+
+# ---- streams
+
+
+def streamed_job(ranks, folder, alone):
+    """Frames of a video of which the first block was drawn, and the rest after a resumption."""
+    call = {"height": 48, "width": 16, "num_frames": 9, "num_inference_steps": 2}
+    pipe = tiny_lingen()
+    if alone:
+        seeded = torch.Generator().manual_seed(3)
+        return list(pipe.stream("a red apple", generator=seeded, state=folder, **call))
+    with shared(ranks, pipe):
+        frames = pipe.stream(
+            "a red apple", generator=torch.Generator().manual_seed(3), state=folder, **call
+        )
+        first = next(frames)
+        frames.close()
+        return [first, *pipe.stream("a red apple", state=folder, resume=True, **call)]
+
+
+def test_a_stream_on_ranks_and_its_folder_are_those_of_one_process(tmp_path):
+    one, several = tmp_path / "one", tmp_path / "several"
+    (alone,) = run(1, streamed_job, str(one), True)
+    for frames in run(2, streamed_job, str(several), False):
+        assert len(frames) == len(alone)
+        assert all(abs(a.astype(int) - b).max() <= 1 for a, b in zip(frames, alone, strict=True))
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in several.iterdir())
+    for name in names:
+        if name.endswith(".safetensors"):
+            a, b = (load_file(folder / name) for folder in (one, several))
+            assert a.keys() == b.keys()
+            for key, tensor in a.items():
+                assert torch.allclose(tensor, b[key], atol=1e-4), key

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks.traffic import flux_sent, layers_of, unet_sent, wan_sent
+from benchmarks.traffic import flux_sent, layers_of, sdxl, unet_sent, wan_sent
 from linfusion.linearize import linearize
 from tests import tiny_video_hosts
 from tests.parallel.pool import run
@@ -87,3 +89,16 @@ def test_wan_sends_what_the_formula_says():
     # Review tokens are a third of a rank's in some orders, and not all of them have to move.
     assert sum(sent) == pytest.approx(expected.ours, rel=0.05)
     assert len(sent) == expected.collectives
+
+
+def test_the_docs_have_what_the_command_prints():
+    page = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text("utf-8")
+    for name, sent in (("FLUX.1", flux_sent), ("Wan", wan_sent)):
+        for world in (2, 8):
+            row = sent(4096, world)
+            numbers = " | ".join(f"{n / 1e6:,.0f}" for n in (row.ours, row.ulysses, row.ring))
+            assert f"| 4096² | {world} | {numbers} |" in page, name
+    layers = sdxl(1024)
+    row = unet_sent(layers, 4 * 128**2, 8)
+    assert f"| SDXL | 1024² | 8 | {row.ours / 1e6:,.0f} | {row.ulysses / 1e6:,.0f} |" in page
+    assert f"| {row.collectives} | {row.efficiency:.0%} |" in page

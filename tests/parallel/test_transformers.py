@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_map
 
@@ -11,7 +12,7 @@ from linfusion.linearize import linearize
 from linfusion.parallel.parallelize import parallelize
 from tests import tiny_video, tiny_video_hosts
 from tests.parallel.pool import run
-from tests.parallel.sharing import alone_and_shared, difference, mesh_over, shared
+from tests.parallel.sharing import alone_and_shared, difference, shared
 from tests.tiny_dit import dit_inputs, pixart_inputs, tiny_dit, tiny_pixart
 from tests.tiny_joint import SD35, flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
 from tests.tiny_video_hosts import tiny_cogvideox, tiny_sana, tiny_wan
@@ -147,30 +148,29 @@ def test_blocks_of_a_shared_model_compile_whole(name):
 
 
 def sharded_job(ranks):
-    """Gradients where FSDP2 has the parameters in pieces over the ranks that share rows."""
+    """Gradients where FSDP2 has the parameters in pieces over two samples and rows of each."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
     make, inputs = CASES["pixart"]
-    given = inputs()
+    pair = inputs()
     weight = torch.randn(2, 8, 14, 8, generator=torch.Generator().manual_seed(1))
     found = []
     for own in (False, True):
-        model = lively(make())
+        model, given, part = lively(make()), pair, slice(None)
         if own:
-            parallelize(model, mesh=mesh_over(ranks))
-            for block in model.transformer_blocks:
-                fully_shard(block, mesh=mesh_over(ranks))
-            fully_shard(model, mesh=mesh_over(ranks))
-        (model(**given).sample * weight).sum().backward()
-        found.append(
-            {
-                n: p.grad.full_tensor() if own else p.grad
-                for n, p in model.named_parameters()
-                if p.grad is not None and p.grad.numel()
-            }
-        )
+            parallelize(model, mesh=mesh)
+            everyone = mesh["dp", "sp"]._flatten()
+            for module in (*model.transformer_blocks, model):
+                fully_shard(module, mesh=everyone)
+            part = slice(mesh["dp"].get_local_rank(), mesh["dp"].get_local_rank() + 1)
+            given = {k: v[part] if isinstance(v, torch.Tensor) else v for k, v in pair.items()}
+        # The mean over samples, which ranks of one sample compute alike.
+        (model(**given).sample * weight[part]).sum(dim=(1, 2, 3)).mean().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({n: g.full_tensor() if own else g for n, g in grads.items()})
     alone, together = found
     assert alone.keys() == together.keys()
     return max(difference(together[n], g) for n, g in alone.items() if g.abs().max() > 1e-6)
 
 
 def test_gradients_under_fsdp2_are_those_of_one_process():
-    assert max(run(2, sharded_job)) < 2e-4
+    assert max(run(4, sharded_job)) < 2e-4

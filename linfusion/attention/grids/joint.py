@@ -11,6 +11,7 @@ whoever trains compares layers with those of a teacher.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from linfusion.attention.grids.local import SHARED
 from linfusion.kernels import TileOrder
@@ -137,6 +139,25 @@ def detach(model: nn.Module) -> None:
                 delattr(module, name)
 
 
+def _once_a_tensor(read: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Pipelines give every step the same ids: they are read back from the device once."""
+    known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    @functools.wraps(read)
+    def once(ids: Tensor) -> Any:
+        if ids.is_inference():  # nobody counts what is done to such a tensor
+            return read(ids)
+        version, found = known.get(ids, (None, None))
+        if version != ids._version:
+            grids, exact = read(ids)
+            found = grids, exact.to(ids.device)
+            known[ids] = ids._version, found
+        return found
+
+    return once
+
+
+@_once_a_tensor
 def grids_of(ids: Tensor) -> tuple[Grids, Tensor]:
     """The pictures that the position ids of FLUX describe.
 
@@ -145,7 +166,7 @@ def grids_of(ids: Tensor) -> tuple[Grids, Tensor]:
             pipelines make them, rows and columns above 256 are rounded to even ones.
 
     Returns:
-        The grids, and the ids before such rounding, float32.
+        The grids, and the ids before such rounding, float32; of the same tensor the same ones.
 
     Raises:
         ValueError: the tokens are not those of whole pictures, row by row.

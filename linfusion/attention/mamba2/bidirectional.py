@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from linfusion.attention.mamba2.causal import (
     DepthwiseConv,
+    Float32Decays,
     GatedRMSNorm,
     Mamba2State,
     check_sizes,
@@ -34,7 +35,7 @@ OPTIONS = ("d_conv", "chunk_size", "share_bc", "share_dt", "average")  # of `lik
 _OPEN_GATE = 1.2784645427610738  # silu of it is 1
 
 
-class BiMamba2(nn.Module):
+class BiMamba2(Float32Decays):
     """Mamba-2 over tokens that have no first one: two scans, in opposite directions, in one call.
 
     "flip_sum" (Zhu et al. 2024, Vision Mamba, arXiv:2401.09417) adds a second scan of the reversed
@@ -385,7 +386,8 @@ class BiMamba2(nn.Module):
         y = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0))
         forward, backward = y.split(self.heads, 2)
         y = forward[:, lead:] + _flipped(backward, first)[:, lead:]
-        diagonal = self.fc_D(x[:, lead:]) + self.D
+        diagonal = self.fc_D(x[:, lead:])
+        diagonal = diagonal + self.D.to(diagonal.dtype)
         return y + heads[:, lead:] * diagonal[..., None]
 
     def _activated(self, x: Tensor) -> Tensor:

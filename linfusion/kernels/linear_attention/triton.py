@@ -177,7 +177,8 @@ def read_backward(
     batch, tokens, heads, d = q.shape
     dv = do.shape[-1]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    fused = fuses_backward(target.vendor, d, dv, max(q.element_size(), do.element_size()))
+    itemsize = max(q.element_size(), do.element_size())
+    fused = fuses_backward(target.vendor, d, dv, itemsize, target.arch)
     tile = _tile(target, "bwd_q" if fused else "bwd_q_rows", d, dv, q, do)
     args = (
         {"Q": q, "DO": do, "KV": kv, "K_MEAN": k_mean, "COUNT": count, "DQ": dq}

@@ -57,13 +57,14 @@ _TILES: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
 }
 
 
-def fuses_backward(vendor: str, d: int, dv: int, itemsize: int) -> bool:
+def fuses_backward(vendor: str, d: int, dv: int, itemsize: int, arch: int = 80) -> bool:
     """Whether one program can hold dS beside dq, or the backward of q is two kernels.
 
     In float32 on NVIDIA both operands of a product are split in two TF32 halves, which spills
-    beside dS at any head size.
+    beside dS at any head size; on sm_120 it spills in 16 bits as well.
     """
-    return max(d, dv) <= 64 and not (vendor == "cuda" and itemsize == 4)
+    fits = vendor != "cuda" or (itemsize == 2 and arch < 120)
+    return max(d, dv) <= 64 and fits
 
 
 @functools.lru_cache(1024)

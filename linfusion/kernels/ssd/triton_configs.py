@@ -24,14 +24,16 @@ class Step(NamedTuple):
     stages: int
 
 
-# (vendor, kernel, bytes of an element) -> a `Step` for max(P, N) up to 64 and up to 128.
+# (vendor, kernel, bytes of an element) -> a `Step` for max(P, N) up to 64 and up to 128. "sm_86" is
+# what sm_86 to sm_89 have of their own.
 _STEPS: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
     ("cuda", "states", 2): [(64, 64, 64, 4, 2), (64, 64, 64, 4, 2)],
-    ("cuda", "states", 4): [(32, 32, 32, 8, 2), (32, 32, 32, 8, 2)],
+    ("cuda", "states", 4): [(32, 32, 64, 4, 2), (32, 32, 32, 8, 2)],
     ("cuda", "read", 2): [(64, 64, 64, 4, 2), (64, 64, 128, 8, 2)],
     ("cuda", "read", 4): [(32, 32, 64, 8, 1), (16, 16, 128, 8, 1)],
-    ("cuda", "keys", 2): [(64, 32, 64, 4, 1), (64, 32, 32, 8, 2)],
+    ("cuda", "keys", 2): [(64, 16, 64, 4, 1), (64, 32, 32, 8, 2)],
     ("cuda", "keys", 4): [(32, 32, 16, 8, 1), (32, 16, 32, 8, 1)],
+    ("sm_86", "keys", 2): [(64, 16, 32, 4, 1), (64, 32, 32, 8, 2)],
     ("hip", "states", 2): [(64, 64, 64, 4, 1), (64, 64, 64, 4, 1)],
     ("hip", "states", 4): [(32, 32, 32, 4, 1), (32, 32, 32, 4, 1)],
     ("hip", "read", 2): [(64, 16, 64, 4, 1), (64, 16, 128, 4, 1)],
@@ -42,9 +44,14 @@ _STEPS: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
 
 
 @functools.lru_cache(1024)
-def step_for(vendor: str, kernel: str, widest: int, itemsize: int, chunk: int) -> Step:
+def step_for(
+    vendor: str, kernel: str, widest: int, itemsize: int, chunk: int, arch: int = 80
+) -> Step:
     """The step of `kernel` for chunks of `chunk` tokens and P and N up to `widest`."""
-    step = Step(*_STEPS[vendor, kernel, itemsize][0 if widest <= 64 else 1])
+    steps = _STEPS[vendor, kernel, itemsize]
+    if vendor == "cuda" and 86 <= arch < 90:
+        steps = _STEPS.get(("sm_86", kernel, itemsize), steps)
+    step = Step(*steps[0 if widest <= 64 else 1])
     return step._replace(held=min(step.held, chunk), taken=min(step.taken, chunk))
 
 

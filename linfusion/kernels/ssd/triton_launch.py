@@ -90,7 +90,9 @@ def launch(
 def step_of(target: Target, kernel: str, choices: Choices, x: Tensor, b: Tensor, c: Tensor) -> Step:
     vendor = "hip" if target.vendor == "interpreter" else target.vendor
     itemsize = max(t.element_size() for t in (x, b, c))
-    return step_for(vendor, kernel, max(x.shape[3], b.shape[3]), itemsize, choices.chunk_size)
+    return step_for(
+        vendor, kernel, max(x.shape[3], b.shape[3]), itemsize, choices.chunk_size, target.arch
+    )
 
 
 def columns_of(step: Step, constants: dict[str, Any]) -> int:

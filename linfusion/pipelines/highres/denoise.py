@@ -15,7 +15,8 @@ from linfusion.files.enlarged import Enlarged
 from linfusion.pipelines.highres.guided import Guide
 from linfusion.pipelines.highres.hosts import called, controlnets, is_transformer, unpacked
 from linfusion.pipelines.highres.low_resolution_guidance import Projection
-from linfusion.pipelines.highres.stages import Job, Stage, as_picture, parameters_of
+from linfusion.pipelines.highres.settings import parameters_of
+from linfusion.pipelines.highres.stages import Job, Stage, as_picture
 from linfusion.pipelines.state import Replay
 
 # (pipeline, step, timestep, kwargs) -> what it changes, as for callback_on_step_end

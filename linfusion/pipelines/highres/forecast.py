@@ -225,7 +225,7 @@ def run_once(
         if what == "denoise":
             return _one_step(pipe, sibling, job, share, scratch, stage, latents, dry=dry)
         ledger = Ledger(weights_bytes=memory.of_vae)
-        with _Clock(pipe._execution_device) as clock:
+        with Clock(pipe._execution_device) as clock:
             if what == "decode":
                 assert latents is not None
                 for _ in decode_rows(
@@ -238,13 +238,13 @@ def run_once(
         return ledger, clock.seconds
 
 
-class _Clock:
+class Clock:
     """Seconds of what is done within, also on an accelerator."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, 0.0
 
-    def __enter__(self) -> _Clock:
+    def __enter__(self) -> Clock:
         wait_for(self.device)
         self.begun = time.perf_counter()
         return self
@@ -266,7 +266,7 @@ def _one_step(
     dry: bool,
 ) -> tuple[Ledger, float]:
     """The pipeline's own call up to the end of its first forward, whose seconds count."""
-    clock = _Clock(pipe._execution_device)
+    clock = Clock(pipe._execution_device)
 
     def first(forward: Any, *args: Any, **kwargs: Any) -> Any:
         with clock:

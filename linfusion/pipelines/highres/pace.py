@@ -1,12 +1,15 @@
-"""How long a run will take: a few real steps at small size, and what they say of large ones."""
+"""How long a run takes: a few real steps say it before, one bar for all stages shows it."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from linfusion.bands.budget import parse_bytes
 from linfusion.files.picture_reader import bytes_needed
@@ -15,8 +18,9 @@ from linfusion.pipelines.highres.cascade import pooled_by
 from linfusion.pipelines.highres.forecast import Memory, forecast, run_once
 from linfusion.pipelines.highres.hosts import native_size
 from linfusion.pipelines.highres.plan import Plan
-from linfusion.pipelines.highres.stages import Job
+from linfusion.pipelines.highres.stages import Job, Stage
 
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 _SECONDS = 1.0  # a step that takes as long is one to extrapolate from
 
 
@@ -95,8 +99,35 @@ def line(taken: Sequence[tuple[int, float]]) -> Callable[[int], float]:
         slope = (total(0, 0) * total(1, 1) - total(1, 0) * total(0, 1)) / determinant
         fixed = (total(0, 1) - slope * total(1, 0)) / total(0, 0)
     if slope <= 0 or fixed < 0:
-        slope, fixed = total(1, 1) / total(2, 0), 0.0
+        flops, seconds = max(taken)
+        slope, fixed = seconds / flops, 0.0
     return lambda flops: fixed + slope * flops
+
+
+def step_weight(job: Job, stage: Stage) -> float:
+    """Work of a step in megapixels."""
+    passes = 2 if job.steers and stage.strength is not None else 1
+    return passes * stage.height * stage.width / 1e6
+
+
+def decode_weight(job: Job) -> float:
+    """Work of the last decoding, in the same unit; about that of two steps."""
+    return 2 * job.height * job.width / 1e6
+
+
+def advance(bar: tqdm, weight: float) -> None:
+    bar.update(min(weight, bar.total - bar.n))
+
+
+@contextlib.contextmanager
+def progress(pipe: Any, job: Job) -> Iterator[tqdm]:
+    """One bar for the whole run, as the pipeline's own are configured."""
+    total = sum(step_weight(job, stage) * stage.steps for stage in job.stages)
+    if job.output is not None or job.output_type != "latent":
+        total += decode_weight(job)
+    config = {"bar_format": _BAR, **getattr(pipe, "_progress_bar_config", {})}
+    with tqdm(total=total, **config) as bar:
+        yield bar
 
 
 def _resident() -> int:

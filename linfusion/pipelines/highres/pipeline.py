@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from linfusion.bands.budget import parse_bytes
-from linfusion.bands.vae import decode_rows, encode_rows
+from linfusion.bands.vae import decode_rows, encode_rows, full_precision
 from linfusion.files.enlarged import Enlarged
 from linfusion.pipelines.highres.cascade import as_drawn, check_clear, pooled_by, with_windows
 from linfusion.pipelines.highres.deliver import as_images, check_disk, write_bands
@@ -24,9 +24,14 @@ from linfusion.pipelines.highres.denoise import denoise, whole_picture
 from linfusion.pipelines.highres.forecast import Memory, engine_for, forecast, latents_dtype
 from linfusion.pipelines.highres.guided import Scales, Statistics, restandardise, statistics
 from linfusion.pipelines.highres.hosts import controlnets, image_to_image, is_transformer
-from linfusion.pipelines.highres.pace import make_plan
+from linfusion.pipelines.highres.pace import (
+    advance,
+    decode_weight,
+    make_plan,
+    progress,
+    step_weight,
+)
 from linfusion.pipelines.highres.plan import Plan
-from linfusion.pipelines.highres.progress import advance, decode_weight, progress, step_weight
 from linfusion.pipelines.highres.record import about_run, what_decides
 from linfusion.pipelines.highres.shift import shifted
 from linfusion.pipelines.highres.stages import Job, Stage, make_job, one_generator
@@ -365,7 +370,7 @@ class HighResPipeline:
 
     def _encode(self, picture: Any, stage: Stage, memory: Memory) -> Tensor:
         share = memory.share("encode", stage.height, stage.width)
-        with _full_precision(self.pipe.vae):
+        with full_precision(self.pipe.vae):
             return encode_rows(self.pipe.vae, picture, memory_budget=share)
 
     def _decode(
@@ -373,7 +378,7 @@ class HighResPipeline:
     ) -> Generator[np.ndarray, None, None]:
         bar.set_description(f"decoding {stage.name}")
         share = memory.share("decode", stage.height, stage.width)
-        with _full_precision(self.pipe.vae):
+        with full_precision(self.pipe.vae):
             for band in decode_rows(self.pipe.vae, latents, memory_budget=share):
                 yield band
                 advance(bar, weight * len(band) / stage.height)
@@ -391,16 +396,3 @@ class HighResPipeline:
         if to_file:
             return HighResOutput(path=write_bands(job, bands, about))
         return HighResOutput(images=as_images(job, bands, stage))
-
-
-@contextlib.contextmanager
-def _full_precision(vae: Any) -> Iterator[None]:
-    """A VAE that overflows in float16 runs in float32 meanwhile, as in SDXL's own pipeline."""
-    upcast = vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
-    if upcast:
-        vae.to(torch.float32)
-    try:
-        yield
-    finally:
-        if upcast:
-            vae.to(torch.float16)

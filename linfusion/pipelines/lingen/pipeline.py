@@ -1,7 +1,6 @@
 """Text, a picture or a clip to video with LinGen's transformer, whole or as a stream of frames."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
 )
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
@@ -25,24 +23,13 @@ from linfusion.pipelines.lingen.checks import check_call, check_stream, check_te
 from linfusion.pipelines.lingen.denoise import Clip, draw_blocks
 from linfusion.pipelines.lingen.latents import as_decoded, decode_clip, latent_frames, ratios
 from linfusion.pipelines.lingen.prepare import prepare_clip
+from linfusion.pipelines.lingen.running import LinGenPipelineOutput, Running
 from linfusion.pipelines.lingen.session import Session
 from linfusion.pipelines.lingen.text import Text, encode_texts, repeated
 from linfusion.pipelines.state import seed_of
 
 
-@dataclass
-class LinGenPipelineOutput(BaseOutput):
-    """Videos.
-
-    Attributes:
-        frames: as `output_type` asks: [B, F, H, W, 3] in 0 to 1 ("np"), [B, F, 3, H, W] ("pt"), a
-            list of lists of pictures ("pil"), or latents [B, C, T, h, w] ("latent").
-    """
-
-    frames: Any
-
-
-class LinGenPipeline(DiffusionPipeline):
+class LinGenPipeline(Running, DiffusionPipeline):
     """Video with `LinGenTransformer3DModel` (Wang et al. 2024, LinGen, arXiv:2412.09856).
 
     A model without `causal_blocks` denoises the whole clip at once. One with them draws it block by
@@ -91,10 +78,6 @@ class LinGenPipeline(DiffusionPipeline):
         )
         self.vae_scale_factor_temporal, self.vae_scale_factor_spatial = ratios(vae)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
-        self._guidance_scale = 1.0
-        self._num_timesteps = 0
-        self._interrupt = False
-        self._current_timestep: Any = None
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -102,28 +85,6 @@ class LinGenPipeline(DiffusionPipeline):
         config, factor = self.transformer.config, self.vae_scale_factor_spatial
         height, width = (config.pos_embed_size[i] * config.patch_size[i] * factor for i in (1, 2))
         return height, width
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of a block, as callbacks count them."""
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> Any:
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `_interrupt` in a callback to stop: later blocks are not begun."""
-        return self._interrupt
 
     @torch.no_grad()
     def encode_prompt(

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from linfusion.attention.grids.local import SHARED
 from linfusion.pipelines.highres.record import digest_of, fingerprint
 from linfusion.pipelines.lingen.denoise import Clip
 from linfusion.pipelines.lingen.streaming_vae import StreamingVAEDecoder
@@ -35,6 +36,7 @@ class Session:
 
     Attributes:
         done: blocks that are finished.
+        writes: whether this process does; of ranks that share a pipeline, the first alone.
 
     Raises:
         ValueError: the folder holds a video and `resume` is not set, or that of another model,
@@ -50,6 +52,10 @@ class Session:
         *,
         resume: bool,
     ) -> None:
+        shared = pipe.__dict__.get(SHARED)
+        self.writes = shared is None or shared.mesh.first  # of several ranks, one
+        if not self.writes and not resume:
+            folder = None
         parameters = {} if folder is None else _what_decides(pipe, clip, about)
         self.state = State(folder, parameters, resume=resume)
         self.clip, self.done = clip, 0
@@ -80,7 +86,7 @@ class Session:
     def save(self, index: int, latents: Tensor, decoder: StreamingVAEDecoder) -> None:
         """Keep a finished block, and all that the next one depends on."""
         self.done = index + 1
-        if self.state.folder is None:
+        if self.state.folder is None or not self.writes:
             return
         self.state.save(f"block-{index:05}", {"latents": latents}, {})
         tensors: dict[str, Tensor] = {}

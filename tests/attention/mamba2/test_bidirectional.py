@@ -262,3 +262,21 @@ def test_the_backward_direction_has_its_own_keys_and_queries():
         layer.in_proj.weight[first : first + 12] -= 0.1
         torch.testing.assert_close(layer(x), silenced, atol=1e-12, rtol=0)
     assert (silenced - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("bidirectional", ["flip_sum", "hydra"])
+def test_decays_steps_and_skips_stay_float32(bidirectional):
+    odd = {"d_conv": 3} if bidirectional == "hydra" else {}
+    layer = BiMamba2(16, d_state=4, headdim=8, bidirectional=bidirectional, **odd)
+    names = {"A_log", "dt_bias", "D"} | ({"A_log_b", "dt_bias_b", "D_b"} if not odd else set())
+    kept = {name: getattr(layer, name) for name in names}
+    values = {name: p.detach().clone() for name, p in kept.items()}
+    for cast in (layer.bfloat16, layer.half, lambda: layer.to("cpu", torch.bfloat16)):
+        cast()
+        for name, p in layer.named_parameters():
+            assert p.dtype == (torch.float32 if name in names else layer.in_proj.weight.dtype)
+    assert all(kept[name] is getattr(layer, name) for name in names)
+    assert all(torch.equal(kept[name], value) for name, value in values.items())
+    y = layer(torch.randn(1, 6, 16).bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert {p.dtype for p in layer.double().parameters()} == {torch.float64}

@@ -11,12 +11,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from diffusers import (
+    AutoencoderTiny,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    FluxControlPipeline,
+    FluxInpaintPipeline,
     HeunDiscreteScheduler,
+    KandinskyV22Pipeline,
+    LatentConsistencyModelPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
 )
 from hypothesis import given
@@ -24,13 +33,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import linfusion
 from linfusion import HighResPipeline
 from linfusion.files.enlarged import Enlarged
 from linfusion.files.picture_reader import read, read_parameters
-from linfusion.pipelines.highres import guided
-from linfusion.pipelines.highres.sizes import split
+from linfusion.pipelines.highres import forecast, guided, pace
+from linfusion.pipelines.highres.settings import split
 from tests.compat.test_adapters import with_ip_adapter
 from tests.student_files import student_for
 from tests.tiny import (
@@ -39,9 +50,11 @@ from tests.tiny import (
     tiny_scheduler,
     tiny_sd_pipeline,
     tiny_unet,
+    tiny_vae,
     tiny_xl_pipeline,
     tiny_xl_unet,
 )
+from tests.tiny_joint import tiny_flux_pipeline
 
 LEVEL = 1 / 255
 
@@ -280,6 +293,104 @@ def test_a_file_holds_the_same_picture_and_what_made_it(tmp_path):
     assert [s["width"] for s in about["stages"]] == [64, 96]
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_interrupted_run_gives_the_picture_it_has_and_writes_no_file(stage, tmp_path):
+    def stop(runs, i, t, given):
+        seen.append(i)
+        runs._interrupt = len(seen) == (2 if stage == 0 else 6)
+        return {}
+
+    seen, pipe = [], tiny_sd_pipeline()
+    given = {"output": tmp_path / "x.png", "state": tmp_path / "run"}
+    ours = draw(pipe, callback_on_step_end=stop, **given)
+    assert ours.shape == ((3, 64, 64), (3, 96, 96))[stage]
+    if stage == 0:  # as diffusers gives it
+        seen.clear()
+        call = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt"}
+        theirs = pipe("a red apple", generator=seeded(), callback_on_step_end=stop, **call).images
+        assert (ours - theirs[0]).abs().max() < 1.5 * LEVEL
+    assert not list(tmp_path.glob("x*"))
+    draw(pipe, resume=True, **given)  # the flag of before is not in the way
+    whole = draw(pipe).permute(1, 2, 0).mul(255).round()
+    assert np.array_equal(read(tmp_path / "x.png"), whole.numpy())
+
+
+def test_without_a_budget_the_denoiser_runs_as_it_is():
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    pipe = tiny_sd_pipeline()
+    call = {"prompt": "a", "num_inference_steps": 2, "output_type": "latent"}
+    with Count() as ours:
+        HighResPipeline(pipe)(**call, size=64)
+    with Count() as theirs:
+        pipe(**call)
+    assert ours.calls <= 1.05 * theirs.calls
+
+
+def test_a_compiled_pipeline_draws_the_same_with_and_without_a_budget():
+    pipe = tiny_sd_pipeline()
+    call = {"size": 64, "num_inference_steps": 1}
+    whole = draw(pipe, **call)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    assert (draw(pipe, **call) - whole).abs().max() < 1.5 * LEVEL
+    bounded = HighResPipeline(pipe, memory_budget="1GB")
+    assert (draw(pipe, bounded, **call) - whole).abs().max() < 1.5 * LEVEL
+
+
+def test_linear_layers_under_perturbed_guidance_are_linear_in_every_stage(recwarn):
+    unet = tiny_unet()
+    pipe = tiny_sd_pipeline(StableDiffusionPAGPipeline, pag_applied_layers="mid")
+    highres = HighResPipeline(pipe)
+    linfusion.linearize(pipe, weights=student_for(unet))
+    seen = set()
+
+    def callback(runs, i, t, given):
+        seen.update(type(p).__name__ for p in runs._pag_attn_processors)
+        return {}
+
+    ours = draw(pipe, highres, pag_scale=3.0, callback_on_step_end=callback)
+    bounded = HighResPipeline(pipe, memory_budget="1GB")
+    assert (draw(pipe, bounded, pag_scale=3.0) - ours).abs().max() < 1.5 * LEVEL
+    assert seen == {"LinFusionPAGCFGProcessor", "LinFusionPAGProcessor"}
+    assert not [w for w in recwarn if "run PAG" in str(w.message)]
+
+
+def test_weights_that_are_offloaded_one_by_one_draw_the_same(tmp_path):
+    pipe = tiny_sd_pipeline()
+    whole = draw(pipe)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        cpu_offload(part, torch.device("cpu"))
+    assert torch.equal(draw(pipe, state=tmp_path / "run"), whole)
+
+
+def test_two_runs_on_one_unet_in_two_threads_are_as_alone():
+    parts = tiny_sd_pipeline().components
+    pipes = [
+        StableDiffusionPipeline(
+            **{**parts, "scheduler": tiny_scheduler()}, requires_safety_checker=False
+        )
+        for _ in range(2)
+    ]
+    calls = [{"strategy": "guided", "size": 128}, {"size": 96}]
+    alone = [draw(pipe, **call) for pipe, call in zip(pipes, calls, strict=True)]
+    found = [None, None]
+
+    def run(i):
+        found[i] = draw(pipes[i], **calls[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(*pair) for pair in zip(alone, found, strict=True))
+
+
 # ---- sizes and pictures
 
 
@@ -346,6 +457,68 @@ def test_the_budget_that_a_refusal_names_is_the_smallest_that_does(tmp_path):
         HighResPipeline(pipe, memory_budget=int(least * 0.93e6)).plan(**call, measure=False)
 
 
+def test_a_plan_of_a_gigapixel_makes_no_large_tensor():
+    class Largest(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in tree_leaves(out):
+                if isinstance(t, torch.Tensor) and not t.is_meta:
+                    self.nbytes = max(self.nbytes, t.untyped_storage().nbytes())
+            return out
+
+    pipe = tiny_sd_pipeline()
+    call = {"base_size": 64, "size": 1 << 15, "factor": 600.0, "num_inference_steps": 4}
+    with Largest() as seen:
+        plan = HighResPipeline(pipe).plan("a", **call, measure=False)
+    assert [w.width for w in plan.work] == [64, 64, *[1 << 15] * 3]
+    assert seen.nbytes <= 1 << 26
+
+
+def test_a_plan_does_not_carry_what_a_step_costs_at_any_size(monkeypatch):
+    """On a machine where the smallest step takes longer than what is enough to measure."""
+
+    def took(flops):
+        return 5.0 + 2e-9 * flops
+
+    real = pace.run_once
+
+    def run_once(*args, dry):
+        ledger, _ = real(*args, dry=True)
+        return ledger, took(ledger.flops)
+
+    monkeypatch.setattr(pace, "run_once", run_once)
+    plan = HighResPipeline(tiny_sd_pipeline()).plan(
+        "a", size=1024, num_inference_steps=4, strengths=0.5
+    )
+    expected = sum(w.steps * took(w.flops) for w in plan.work)
+    assert plan.seconds == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "taken, at, seconds",
+    [
+        ([(1, 3.0), (4, 9.0)], 100, 201.0),
+        ([(1, 3.0), (4, 9.0), (16, 33.0)], 0, 1.0),
+        ([(4, 2.0)], 8, 4.0),
+        ([(4, 2.0), (4, 2.0)], 8, 4.0),
+        ([(1, 1.0), (4, 16.0)], 8, 32.0),  # no time below none: as the largest
+        ([(1, 2.0), (4, 1.0)], 8, 2.0),
+    ],
+)
+def test_the_pace_is_the_line_through_what_was_measured(taken, at, seconds):
+    assert pace.line(taken)(at) == pytest.approx(seconds, rel=1e-6)
+
+
+def test_a_clock_is_read_when_the_accelerator_is_done(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: done.append(str(device)))
+    with forecast.Clock(torch.device("cuda")) as clock:
+        done.append("work")
+    assert done == ["cuda", "work", "cuda"] and clock.seconds >= 0
+
+
 # ---- refusals
 
 
@@ -371,6 +544,13 @@ def test_the_budget_that_a_refusal_names_is_the_smallest_that_does(tmp_path):
         ({"generator": [seeded(), seeded()]}, "generator: got 2"),
         ({"num_inference_steps": 0}, "num_inference_steps: got 0"),
         ({"factor": 1.0}, "factor: got 1.0"),
+        ({"factor": 1.000000001}, "factor: got 1.000000001, which makes 405,465,"),
+        ({"factor": math.inf}, "factor: got inf"),
+        ({"size": 2**20}, "height: got 1,048,576; accepted are up to 32,768 pixels"),
+        ({"guidance_scale": math.inf}, "guidance_scale: got inf; accepted are finite numbers"),
+        ({"guidance_scale": [1.0, math.nan]}, "guidance_scale: got nan; accepted are finite"),
+        ({"gaussian_sigma": math.nan}, "gaussian_sigma: got nan; accepted are numbers from 0"),
+        ({"image": 1}, "image: got 1; accepted are the path of a file, a Pillow image"),
         ({"num_images_per_prompt": 2}, "num_images_per_prompt: StableDiffusionPipeline takes no"),
         ({"output_type": "jpeg"}, "output_type: got 'jpeg'"),
     ],
@@ -392,6 +572,16 @@ def test_a_scheduler_of_two_calls_a_step_is_refused_for_guided():
     [
         (lambda: object(), "pipe: got object"),
         (lambda: tiny_sd_pipeline(StableDiffusionImg2ImgPipeline), "is image-to-image"),
+        (lambda: tiny_sd_pipeline(StableDiffusionInpaintPipeline), "fills masks"),
+        (lambda: tiny_sd_pipeline(vae=AutoencoderTiny()), "has no AutoencoderKL as its vae"),
+        (lambda: tiny_sd_pipeline(LatentConsistencyModelPipeline), "steps and a guidance of its"),
+        (lambda: tiny_sd_pipeline(unet=tiny_unet(in_channels=9)), "denoises 9 channels"),
+        (
+            lambda: KandinskyV22Pipeline(tiny_unet(), tiny_scheduler(), tiny_vae()),
+            "draws from no prompt",
+        ),
+        (lambda: tiny_flux_pipeline(FluxInpaintPipeline), "FluxInpaintPipeline fills masks"),
+        (lambda: tiny_flux_pipeline(FluxControlPipeline), "draws after a control picture"),
     ],
 )
 def test_a_pipeline_that_does_not_draw_from_text_is_refused(make, message):

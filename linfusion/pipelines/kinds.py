@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
-from linfusion import zoo
+import diffusers
 
 
-def refuse_other_kinds(model: str, *, revision: str | None, token: str | None) -> None:
-    """Refuse for `linfusion generate` what draws no picture from a prompt or class alone.
+def refuse_other_kinds(model: str, where: str, **hub: str | None) -> None:
+    """Refuse what draws no picture from a prompt or class alone.
+
+    Args:
+        model: as the user names it.
+        where: the folder or hub name that this is.
+        **hub: `revision` and `token`.
 
     Raises:
         ValueError: such a pipeline; the message says what it does, and where it runs.
     """
-    kind, name = _class_of(model, revision, token)
+    kind, name = _class_of(where, hub)
     if name == "LinGenPipeline":
         raise ValueError(f"model: {model} draws videos; use linfusion video")
     if kind is None:
@@ -41,13 +45,13 @@ def refuse_other_kinds(model: str, *, revision: str | None, token: str | None) -
     raise ValueError(f"model: {model} is a {name}, which {what}; it runs in diffusers itself")
 
 
-def refuse_all_but(name: str, model: str, *, revision: str | None, token: str | None) -> None:
-    """Refuse every pipeline that is not of the class of that name.
+def refuse_all_but(name: str, model: str, where: str, **hub: str | None) -> None:
+    """Refuse every pipeline that is not of the class of that name; else as above.
 
     Raises:
         ValueError: another class.
     """
-    kind, found = _class_of(model, revision, token)
+    kind, found = _class_of(where, hub)
     if found == name:
         return
     videos = kind is not None and "num_frames" in inspect.signature(kind.__call__).parameters
@@ -55,13 +59,8 @@ def refuse_all_but(name: str, model: str, *, revision: str | None, token: str | 
     raise ValueError(f"model: {model} is a {found}, which {what}")
 
 
-def _class_of(model: str, revision: str | None, token: str | None) -> tuple[Any, str]:
+def _class_of(where: str, hub: dict[str, str | None]) -> tuple[Any, str]:
     """The class in diffusers, if it is one of theirs, and its name."""
-    import diffusers
-
-    folder = Path(zoo.resolve(model)).expanduser()
-    given = {"revision": revision, "token": token}
-    hub = {name: value for name, value in given.items() if value is not None}
-    where = str(folder) if folder.is_dir() else model
-    name = str(diffusers.DiffusionPipeline.load_config(where, **hub)["_class_name"])
+    given = {name: value for name, value in hub.items() if value is not None}
+    name = str(diffusers.DiffusionPipeline.load_config(where, **given)["_class_name"])
     return getattr(diffusers, name, None), name
