@@ -14,6 +14,7 @@ SOURCES = ("train_data_dir", "dataset_name", "train_shards_path_or_url", "train_
 METHOD_OPTIONS: dict[str, tuple[str, ...]] = {
     "linfusion": ("projection_mid_dim",),
     "clear": ("radius", "down_factor"),
+    "hybrid": ("window", "cell", "maps", "features"),
     "lit": ("heads", "conv"),
     "mate": ("window", "branch_mix"),
     "lingen": ("clip_schedule", "clip_stride", "proportion_stills"),
@@ -34,8 +35,8 @@ class TrainConfig:
     Attributes:
         pretrained_model_name_or_path: folder or hub name of the teacher pipeline, or "zoo:emoji".
         revision, variant: passed to `from_pretrained`.
-        method: of `linfusion.linearize`: "linfusion" for UNets, "clear" for FLUX and Stable
-            Diffusion 3, "lit" for DiT and PixArt, "mate" for Wan, SANA-Video and CogVideoX.
+        method: of `linfusion.linearize`: "linfusion" for UNets, "clear" and "hybrid" for FLUX and
+            Stable Diffusion 3, "lit" for DiT and PixArt, "mate" for Wan, SANA-Video and CogVideoX.
             "lingen" trains the whole transformer of a LinGenPipeline on clips and pictures,
             without a teacher.
         weights: student weights to start from; None starts from the teacher's own.
@@ -47,10 +48,13 @@ class TrainConfig:
         radius: of "clear": tokens nearer than this see one another; None is 8.
         down_factor: of "clear": above 1 adds the whole picture, averaged over so many tokens a
             side.
+        cell: of "hybrid": side of the cells of tokens that it sums up; None is 4.
+        maps: of "hybrid": whether cells have learned maps; None is True.
+        features: of "hybrid": feature map of a linear state; None is no state.
         heads: of "lit": heads of its linear attention; None is 2.
         conv: of "lit": its convolution; None is "value_shared".
         window: of "mate": frames, height and width of its windows in tokens, as "8,4,4"; None is
-            that.
+            that. Of "hybrid": tokens nearer than this see one another; None is 8.
         branch_mix: of "mate": how its branches are put together; None is "gated".
         inherit: of "lit": what the student takes over, as `linfusion.lit.inherit`.
         teacher_model_name_or_path: of "lit": a pipeline whose transformer teaches; None is the one
@@ -116,6 +120,9 @@ class TrainConfig:
     projection_mid_dim: int | None = None
     radius: float | None = None
     down_factor: int | None = None
+    cell: int | None = None
+    maps: bool | None = None
+    features: str | None = None
     heads: int | None = None
     conv: str | None = None
     window: str | None = None
@@ -224,20 +231,25 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}: got {given!r}, accepted are {', '.join(map(str, accepted))}"
                 )
+        owners: dict[str, list[str]] = {}
         for method, names in {**METHOD_OPTIONS, "lit": _OF_LIT}.items():
             for name in names:
-                if method != self.method and getattr(self, name) is not None:
-                    raise ValueError(f"{name}: given, but only method {method!r} has it")
+                owners.setdefault(name, []).append(method)
+        for name, methods in owners.items():
+            if self.method not in methods and getattr(self, name) is not None:
+                which = " and ".join(map(repr, methods))
+                raise ValueError(f"{name}: given, but only method {which} has it")
         if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
             raise ValueError(f"optimizer: 'muon' needs torch 2.9 or newer, got {torch.__version__}")
         if self.projection_rank is not None and (
             self.method == "lit" or not self.train_projections
         ):
             raise ValueError("projection_rank: given, but the student keeps whole projections")
-        if self.window is not None and re.fullmatch(r"\d+,\d+,\d+", self.window) is None:
-            raise ValueError(
-                f"window: got {self.window!r}, accepted are frames, height and width as 8,4,4"
-            )
+        mate = self.method == "mate"
+        form = r"\d+,\d+,\d+" if mate else r"\d+(\.\d+)?"
+        if self.window is not None and re.fullmatch(form, self.window) is None:
+            what = "frames, height and width as 8,4,4" if mate else "a number of tokens, as 8"
+            raise ValueError(f"window: got {self.window!r}, accepted are {what}")
 
     def _check_numbers(self) -> None:
         at_least = dict.fromkeys(
@@ -316,7 +328,10 @@ class TrainConfig:
         """Options of `linfusion.linearize`, but for those that the weights to start from say."""
         names = () if self.weights is not None else METHOD_OPTIONS[self.method]
         options = {name: getattr(self, name) for name in names}
-        if options.get("window") is not None:
+        if self.method == "hybrid" and options:
+            options["maps"] = self.maps is not False
+            options["window"] = None if self.window is None else float(self.window)
+        elif options.get("window") is not None:
             options["window"] = tuple(int(n) for n in options["window"].split(","))
         return options
 

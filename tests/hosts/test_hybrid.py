@@ -10,7 +10,7 @@ import linfusion
 from linfusion.attention.hybrid.features import KINDS, FeatureMap
 from linfusion.attention.hybrid.form import Summarised
 from linfusion.layers.record import record_of
-from linfusion.training.layerwise import fit_layers
+from linfusion.training.layerwise import _knapsack, choose_layers, fit_layers
 from tests.tiny_joint import tiny_flux, tiny_flux_pipeline
 
 GRID = (5, 7)
@@ -121,7 +121,7 @@ def test_stage_1_comes_nearer_to_the_teacher_and_touches_nothing_else():
         ("hybrid", {}, {}, "has nothing to learn; linearize with maps=True"),
         ("hybrid", {"maps": True}, {"prompts": []}, r"prompts: got \[\]"),
         ("hybrid", {"maps": True}, {"pictures": 0}, "pictures: got 0"),
-        ("clear", {"down_factor": 2}, {}, "has no form of its own to train alone"),
+        ("clear", {"down_factor": 2}, {}, "pipe: its transformer is 'clear', expected 'hybrid'"),
     ],
     ids=["softmax", "nothing", "prompts", "pictures", "clear"],
 )
@@ -146,3 +146,36 @@ def test_a_hybrid_of_flux_runs_in_its_stock_pipeline():
     hybrid = run()
     linfusion.restore(pipe)
     assert torch.equal(run(), softmax) and not torch.equal(hybrid, softmax)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_choice_of_layers_is_the_best_of_all_choices(seed):
+    generator = torch.Generator().manual_seed(seed)
+    saved = torch.rand(7, generator=generator).sub(0.1).tolist()  # some cost more than softmax
+    errors = torch.rand(7, generator=generator).tolist()
+    need = 0.6 * sum(s for s in saved if s > 0)
+    sets = [[i for i in range(7) if bits >> i & 1] for bits in range(2**7)]
+    enough = [s for s in sets if sum(saved[i] for i in s) >= need]
+    best = min(sum(errors[i] for i in s) for s in enough)
+    found = _knapsack(saved, errors, need)
+    assert sum(saved[i] for i in found) >= need
+    # Savings are rounded down to a thousandth of what is needed.
+    assert sum(errors[i] for i in found) <= best + 0.02
+
+
+def test_layers_are_chosen_by_their_error_within_a_budget():
+    pipe = tiny_flux_pipeline()
+    linfusion.linearize(pipe, "hybrid", window=1.5, cell=4)
+    call = {"height": 64, "width": 64, "num_inference_steps": 1}
+    seen = []
+    paths = choose_layers(pipe, ["a dog"], budget=0.8, report=seen.extend, **call)
+    assert paths == [c.path for c in seen if c.chosen] and 0 < len(paths) < len(seen)
+    spent = sum(c.weight * (c.cost if c.chosen else 1) for c in seen)
+    assert spent <= 0.8 and sum(c.weight for c in seen) == pytest.approx(1)
+    worst = max(c.error for c in seen if c.chosen)
+    assert all(c.error >= worst for c in seen if not c.chosen)  # all layers cost the same here
+    with pytest.raises(ValueError, match=r"budget: got 0.01, but all layers .* 0\.\d+ of softmax"):
+        choose_layers(pipe, ["a dog"], budget=0.01, **call)
+    linfusion.restore(pipe)
+    linfusion.linearize(pipe, "hybrid", layers=paths)
+    assert [x.path for x in linfusion.summary(pipe).layers if x.linear] == paths

@@ -49,6 +49,17 @@ def settings(tmp_path, **changes):
     )
 
 
+def test_a_hybrid_is_trained_as_a_whole_from_where_stage_1_left_it(tmp_path):
+    pipe = tiny_flux_pipeline()
+    changes = {"method": "hybrid", "radius": None, "window": "2", "cell": 2}
+    out = distill(settings(tmp_path, **changes), pipeline=pipe)
+    student = load_file(out / WEIGHTS)
+    assert any(".hybrid.map_k." in name for name in student)
+    linfusion.linearize(pipe, weights=out)
+    found = linfusion.summary(pipe)
+    assert found.method == "hybrid" and all(layer.linear for layer in found.layers)
+
+
 @pytest.fixture(params=["flux", "sd3"])
 def host(request):
     return request.param

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -87,6 +88,16 @@ class Summarised(nn.Module):
             self.log_weight = nn.Linear(1, heads, bias=False)
             nn.init.constant_(self.log_weight.weight, 0.0 if self.rest.cell == 0 else -6.0)
 
+    def keys(self, grid: tuple[int, ...]) -> float:
+        """Keys, or what costs as much, of a query of a picture or video of `grid`, but for text."""
+        rest = self.rest
+        count = min(float(math.prod(grid)), window_keys(rest.window, len(grid)))
+        if rest.cell:
+            count += math.prod(-(-side // rest.cell) for side in grid)
+        if self.phi_q is not None:  # a state of F by D is made and read
+            count += self.phi_q.count
+        return count
+
     def forward(
         self,
         q: Tensor,
@@ -136,3 +147,12 @@ class Summarised(nn.Module):
             (o, lse), phi_q, phi_q, state_of(phi_k, phi_k, v, impl), log_weight, None, impl
         )
         return out
+
+
+def window_keys(radius: float, axes: int) -> float:
+    """Tokens nearer than `radius` on a grid without borders."""
+    last = math.ceil(radius) - 1
+    steps = range(-last, last + 1)
+    return float(
+        sum(sum(x * x for x in at) < radius**2 for at in itertools.product(steps, repeat=axes))
+    )
