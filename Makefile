@@ -8,12 +8,13 @@ WANTS  := pyproject.toml setup.py constraints.txt
 # Two tests at a time, one thread each: the tensors are tiny, and two threads only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test test-gpu checkstyle bench aot ptx docs clean
+.PHONY: help demo test test-gpu checkstyle parallel bench aot ptx docs clean
 help:
 	@echo "make demo        pictures by the softmax teacher and the linear student, in demo/"
 	@echo "make test        checkstyle, then the tests"
 	@echo "make test-gpu    kernels, processors and a pipeline each on a GPU; skipped where there is none"
 	@echo "make checkstyle  ruff and mypy"
+	@echo "make parallel    every test on several ranks, on every number of them"
 	@echo "make bench       benchmarks; one of them with ONLY=<name>"
 	@echo "make aot         compile every Triton kernel for nine GPUs, without a GPU"
 	@echo "make ptx         execute what was compiled on the CPU, against the reference; ARCH=90 for sm_90"
@@ -46,6 +47,9 @@ test: checkstyle
 
 test-gpu: $(VENV)/.dev
 	LINFUSION_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs tests/gpu tests/kernels tests/attention
+
+parallel: $(VENV)/.dev
+	$(TEST_ENV) LINFUSION_ALL_RANKS=1 $(BIN)/python -m pytest tests/parallel
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks $(ONLY)

@@ -88,7 +88,13 @@ __all__ = [
 ]
 
 
+# Packages that are reached by their name: linfusion.zoo.load(...).
+_PACKAGES = ("attention", "evaluation", "kernels", "pipelines", "students", "training", "zoo")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"linfusion.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'linfusion' has no attribute {name!r}; it has {__all__}")
     value = getattr(import_module(_HOME[name]), name)
@@ -97,7 +103,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *_PACKAGES})
 
 
 class _Package(ModuleType):

@@ -9,15 +9,18 @@ from torch import nn
 from linfusion.attention import get_method
 from linfusion.layers.find import compute_dtype, model_of
 from linfusion.layers.offload import lifted
-from linfusion.layers.projections import projections
+from linfusion.layers.projections import all_or_nothing, projections, refuse_quantized
 from linfusion.layers.record import record_of
+from linfusion.layers.watch import forget_adapters
 
 
 def fuse(model_or_pipe: Any) -> Any:
     """Make the linear layers of a model faster for inference; outputs are equal within rounding.
 
     One GEMM computes all that reads the same input, and the output projection is folded into the
-    state. The layers keep their own weights beside the fused copies, for `unfuse`.
+    state. The layers keep their own weights beside the fused copies, for `unfuse`; where those are
+    changed afterwards (a LoRA is merged into them, other weights are loaded), the next call of the
+    model says so.
 
     Args:
         model_or_pipe: linearized before.
@@ -39,28 +42,41 @@ def fuse(model_or_pipe: Any) -> Any:
     mechanism = get_method(record.method)
     if mechanism.fused is None or mechanism.fused_name is None:
         raise ValueError(f"model_or_pipe: method {record.method!r} has nothing to fuse")
-    with lifted(model):
+    with lifted(model), all_or_nothing() as undo:
         fused = {}
-        for path in record.layers:
-            attn: Any = model.get_submodule(path)
+        for path, taken in record.layers.items():
+            attn = taken.layer
             if hasattr(attn, mechanism.fused_name):
                 raise ValueError(f"model_or_pipe: {type(model).__name__} is fused already")
             if attn.norm_q is not None or attn.norm_k is not None:
                 raise ValueError(f"model_or_pipe: {path} norms its queries and keys; cannot fuse")
-            for name in projections(attn):
-                module = attn.get_submodule(name)
-                if type(module) is not nn.Linear or not module.weight.is_floating_point():
-                    raise ValueError(
-                        f"model_or_pipe: {path}.{name} is a {type(module).__module__}."
-                        f"{type(module).__name__}, not a plain Linear (a LoRA or quantisation?);"
-                        " merge and unload a LoRA before linfusion.fuse, with pipe.fuse_lora() and"
-                        " pipe.unload_lora_weights()"
-                    )
+            _refuse_lora(path, attn)
             child = getattr(attn, mechanism.name, None)
             fused[path] = mechanism.fused(attn, child, compute_dtype(model))
         for path, module in fused.items():
-            model.get_submodule(path).add_module(mechanism.fused_name, module)
+            attn = record.layers[path].layer
+            undo.callback(attn._modules.pop, mechanism.fused_name, None)
+            attn.add_module(mechanism.fused_name, module)
+        forget_adapters(model)
     return model_or_pipe
+
+
+def _refuse_lora(path: str, attn: Any) -> None:
+    """Refuse projections that are more than a plain Linear.
+
+    Raises:
+        ValueError: a LoRA is on one, or it is quantised.
+    """
+    for name in projections(attn):
+        module = attn.get_submodule(name)
+        if type(module) is not nn.Linear:
+            raise ValueError(
+                f"model_or_pipe: {path}.{name} is a {type(module).__module__}."
+                f"{type(module).__name__}, not a plain Linear (a LoRA or quantisation?);"
+                " merge and unload a LoRA before linfusion.fuse, with pipe.fuse_lora() and"
+                " pipe.unload_lora_weights()"
+            )
+    refuse_quantized(path, attn)
 
 
 def unfuse(model_or_pipe: Any) -> Any:
@@ -78,12 +94,14 @@ def unfuse(model_or_pipe: Any) -> Any:
     model = model_of(model_or_pipe)
     record = record_of(model)
     name = (get_method(record.method).fused_name or "") if record else ""
-    layers = [model.get_submodule(path) for path in record.layers] if record else []
+    layers = [taken.layer for taken in record.layers.values()] if record else []
     if not any(name in layer._modules for layer in layers):
         raise ValueError(
             f"model_or_pipe: {type(model).__name__} is not fused, so nothing to unfuse"
         )
-    with lifted(model):
+    with lifted(model), all_or_nothing() as undo:
         for layer in layers:
-            layer._modules.pop(name, None)
+            if name in layer._modules:
+                undo.callback(layer._modules.__setitem__, name, layer._modules[name])
+                layer._modules.pop(name)
     return model_or_pipe

@@ -9,13 +9,20 @@ from torch import nn
 
 from linfusion.attention import get_method, names
 from linfusion.attention.method import Method, channels_of, heads_of
-from linfusion.layers.find import candidates, models_of
+from linfusion.layers.find import candidates, models_of, refuse_linear_already, serving
+from linfusion.layers.projections import attention_parameters
 from linfusion.layers.record import Record, record_of
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One self-attention layer. Sizes are per picture."""
+    """One self-attention layer. Sizes are per picture.
+
+    Attributes:
+        parameters: of the learned part, with the projections where a student replaced them.
+        break_even_tokens: from which on the layer multiplies less than softmax. Time pays later:
+            how much, `linfusion bench` measures.
+    """
 
     path: str
     linear: bool
@@ -28,12 +35,18 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary` found; print it, or take `to_dict()`."""
+    """What `summary` found; print it, or take `to_dict()`.
+
+    Attributes:
+        method: of the layers that are linear, or None.
+        hooked: whether `linearize` made them so, rather than `set_attn_processor`.
+    """
 
     model: str
     method: str | None
     fused: bool
     layers: list[LayerSummary]
+    hooked: bool = True
 
     @property
     def parameters(self) -> int:
@@ -52,13 +65,15 @@ class Summary:
     def __str__(self) -> str:
         linear = sum(layer.linear for layer in self.layers)
         width = max(len(layer.path) for layer in self.layers)
+        set_by_hand = linear and not self.hooked
+        how = ", fused" if self.fused else ", by set_attn_processor" if set_by_hand else ""
         head = (
             f"{self.model}: {linear} of {len(self.layers)} self-attention layers linear"
-            f" ({self.method or 'softmax'}{', fused' if self.fused else ''}),"
+            f" ({self.method or 'softmax'}{how}),"
             f" {self.parameters:,} learned parameters, {self.state_bytes:,} B of state a picture"
         )
         rows = [
-            f"{'layer':<{width}}  kind     channels  heads  parameters    state B  cheaper from"
+            f"{'layer':<{width}}  kind     channels  heads  parameters    state B  fewer FLOPs from"
         ]
         rows += [
             f"{x.path:<{width}}  {'linear' if x.linear else 'softmax':<7}  {x.channels:>8}"
@@ -66,7 +81,11 @@ class Summary:
             f"  {x.break_even_tokens:>5,} tokens"
             for x in self.layers
         ]
-        return "\n".join([head, *rows])
+        foot = (
+            "FLOPs are counted, not timed: linear attention is faster only from more tokens on,"
+            " which `linfusion bench` measures on this machine."
+        )
+        return "\n".join([head, *rows, foot])
 
 
 def summary(model_or_pipe: Any, method: str | None = None) -> Summary:
@@ -82,36 +101,45 @@ def summary(model_or_pipe: Any, method: str | None = None) -> Summary:
     """
     models = models_of(model_or_pipe)
     layers: list[LayerSummary] = []
-    fused = False
-    methods = []
+    fused, hooked = False, True
+    methods: list[str] = []
     for name, model in models.items():
         record = record_of(model)
         if record is not None and method not in (None, record.method):
             raise ValueError(
                 f"method: got {method!r}, but the model is linear by {record.method!r}"
             )
-        methods += [record.method] if record else []
-        own, own_fused = _layers(model, record, method, f"{name}." if len(models) > 1 else "")
+        mechanism = _mechanism(model, record, method)
+        prefix = f"{name}." if len(models) > 1 else ""
+        own, own_fused = _layers(model, record, mechanism, prefix)
+        if record or any(layer.linear for layer in own):
+            methods.append(mechanism.name)
+            hooked = hooked and record is not None
         layers += own
         fused = fused or own_fused
     kinds = ", ".join(type(model).__name__ for model in models.values())
-    return Summary(kinds, " and ".join(dict.fromkeys(methods)) or None, fused, layers)
+    return Summary(kinds, " and ".join(dict.fromkeys(methods)) or None, fused, layers, hooked)
+
+
+def _mechanism(model: nn.Module, record: Record | None, method: str | None) -> Method:
+    name = record.method if record is not None else method
+    return _first_that_fits(model) if name is None else get_method(name)
 
 
 def _layers(
-    model: nn.Module, record: Record | None, method: str | None, prefix: str
+    model: nn.Module, record: Record | None, mechanism: Method, prefix: str
 ) -> tuple[list[LayerSummary], bool]:
     """Those of one model, and whether any is fused."""
-    if record is not None:
-        mechanism = get_method(record.method)
-    else:
-        mechanism = _first_that_fits(model) if method is None else get_method(method)
-    taken = record.layers if record else {}
-    found = candidates(model, mechanism.name)
+    taken = {path: one.layer for path, one in record.layers.items()} if record else {}
+    paths = {id(attn): path for path, attn in taken.items()}
+    there = (
+        {} if paths and mechanism.name not in serving(model) else candidates(model, mechanism.name)
+    )
+    found = {paths.get(id(attn), path): attn for path, attn in there.items()}
+    found |= {path: attn for path, attn in taken.items() if path not in found}
     settings = mechanism.settings(found, None, {}) | (record.settings if record else {})
     layers, fused = [], False
     for path, attn in found.items():
-        child = getattr(attn, mechanism.name, None) if path in taken else None
         fused = fused or hasattr(attn, mechanism.fused_name or "")
         layers.append(
             LayerSummary(
@@ -119,12 +147,22 @@ def _layers(
                 linear=isinstance(attn.processor, mechanism.processor),
                 channels=channels_of(attn),
                 heads=heads_of(attn),
-                parameters=sum(p.numel() for p in child.parameters()) if child else 0,
+                parameters=_learned(attn, path, record),
                 state_bytes=mechanism.state_bytes(attn),
                 break_even_tokens=mechanism.break_even_tokens(attn, settings[path]),
             )
         )
     return layers, fused
+
+
+def _learned(attn: Any, path: str, record: Record | None) -> int:
+    """Parameters of a layer that a student learned."""
+    if record is None or path not in record.layers:
+        return 0
+    child = attn._modules.get(record.method)
+    own = {} if not record.layers[path].base_weights else attention_parameters(attn)
+    parameters = [*own.values(), *([] if child is None else child.parameters())]
+    return sum(p.numel() for p in parameters)
 
 
 def _first_that_fits(model: nn.Module) -> Method:
@@ -133,6 +171,7 @@ def _first_that_fits(model: nn.Module) -> Method:
     Raises:
         ValueError: none does; the message has the reason of each.
     """
+    refuse_linear_already(model)
     reasons = []
     for name in names():
         try:

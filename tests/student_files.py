@@ -16,7 +16,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def student_for(
-    model: nn.Module, *, attention_weights: bool = False, **kwargs: object
+    model: nn.Module, *, attention_weights: bool = False, seed: int = 7, **kwargs: object
 ) -> LinFusion:
     """A random learned part for a model of this shape; the model stays softmax."""
     linfusion.linearize(model, **kwargs)
@@ -24,7 +24,7 @@ def student_for(
     state = {name: torch.empty_like(tensor) for name, tensor in side.state_dict().items()}
     config = dict(side.config)
     linfusion.restore(model)
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     for tensor in state.values():
         nn.init.normal_(tensor, std=0.2)
     fresh = LinFusion(

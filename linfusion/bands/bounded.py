@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import linfusion.bands.rules  # noqa: F401  fills the table of rules
+from linfusion.attention.grids.local import SHARED
 from linfusion.attention.linfusion.processor import FUSED
 from linfusion.bands.around import around, eager
 from linfusion.bands.blocks import call_in_blocks
@@ -148,7 +150,9 @@ def _call(model: Any, inputs: dict[str, Any], engine: Engine) -> Any:
     wrapped = {
         name: engine.wrap(value) if name in _PICTURES else value for name, value in inputs.items()
     }
-    with fused_on_whole_tokens(model):
+    # Of a dry run, Rows make nothing large, and asking modes for each of their operations is slow.
+    asked = _disable_current_modes() if engine.dry else contextlib.nullcontext()
+    with fused_on_whole_tokens(model), asked:
         return eager(model)(**wrapped)
 
 
@@ -248,6 +252,11 @@ def _refuse_unbandable(model: Any) -> None:
     Raises:
         ValueError: the model has it, by name, with what takes it off.
     """
+    if hasattr(model, SHARED) and not hasattr(model, "down_blocks"):
+        raise ValueError(
+            f"target: this {type(model).__name__} is shared among ranks by its tokens, which bands"
+            " do not know; accepted are UNets that are shared, or unparallelize first"
+        )
     for name, part in model.named_modules():
         hooks = getattr(getattr(part, "_diffusers_hook", None), "hooks", None)
         if name and (hooks or hasattr(part, "_hf_hook")):

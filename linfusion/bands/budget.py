@@ -10,7 +10,7 @@ from torch import nn
 from linfusion.bands.rows import BAND_BYTES, Engine
 
 BANDS_AT_ONCE = 8  # tensors of `band_bytes` that one band holds, roughly
-AT_ONCE = 2  # of the widest tensors, where there are no bands, beside those that are kept
+AT_ONCE = 3  # of the widest tensors, where there are no bands, beside those that are kept
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {p + "b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
 _UNITS |= {p + "ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}

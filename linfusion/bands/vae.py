@@ -14,6 +14,7 @@ from torch import Tensor
 
 import linfusion.bands.rules  # noqa: F401  fills the table of rules
 from linfusion.bands.budget import Ledger, share_of, weight_bytes
+from linfusion.bands.hollow import hollow
 from linfusion.bands.hosts import execution_device
 from linfusion.bands.rows import Engine, Node, Rows
 from linfusion.bands.store import Policy, Store
@@ -46,8 +47,12 @@ def decode_rows(
         uint8 [rows, W, 3].
     """
     vae, config = _untiled(vae), vae.config
-    latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-    latents = latents.to(execution_device(vae), vae.dtype)
+    device = execution_device(vae)
+    if dry:
+        latents = hollow(latents.shape, vae.dtype, device)
+    else:
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        latents = latents.to(device, vae.dtype)
     factor = 2 ** (len(config.block_out_channels) - 1)
     whole = memory_budget is None and _is_small(latents.shape, factor)
     if whole and not dry:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from linfusion.cli import load
+from linfusion.cli import check, load
+from linfusion.cli.check import parse_size
 from linfusion.cli.console import Json, emit_json, emit_table, say, working
 from linfusion.cli.info import machine
-from linfusion.cli.size import parse_size
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +28,7 @@ def bench(
     heads: Annotated[int, Option(min=1, help="Of the layer.")] = 8,
     batch_size: Annotated[int, Option(min=1, help="Pictures at a time.")] = 1,
     dtype: load.DtypeOption = "auto",
-    device: Annotated[
-        str | None, Option("--device", help="cuda, mps, cpu; found if absent.")
-    ] = None,
+    device: load.DeviceOption = None,
     method: Annotated[str, Option("--method", help="The linear attention to time.")] = "linfusion",
     runs: Annotated[int, Option(min=1, help="Timed runs of each; the median counts.")] = 5,
     as_json: Json = False,
@@ -46,8 +44,7 @@ def bench(
         tokens[size] = height * width // 64
     if channels % heads:
         raise ValueError(f"channels: {channels} is not a multiple of the {heads} heads")
-    device = device or load.default_device()
-    load.check_device("device", device)
+    device = check.check_device(device, balanced=False)
     rows = []
     with working():
         softmax, linear = _layers(channels, heads, method, load.parse_dtype(dtype, device), device)

@@ -6,16 +6,29 @@ import contextlib
 import json
 import math
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+class Interrupted(Exception):
+    """Ctrl-C; the message says what was kept, and how to go on."""
+
+
+@contextlib.contextmanager
+def keeping(what: Callable[[], str]) -> Iterator[None]:
+    """Inside, Ctrl-C says what was kept."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(what()) from error
 
 
 @contextlib.contextmanager
@@ -47,23 +60,20 @@ def _finite(value: Any) -> Any:
 
 def emit_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
     """A table on stdout; columns after the first are figures and flush right."""
-    table = Table(title=title or None, title_justify="left")
+    # Text, not str: in those rich reads what is in brackets as markup, and paths have brackets.
+    table = Table()
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
+        table.add_column(Text(column), justify="right" if i else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
+    if title:  # not the table's own, which is folded to its width
+        print(title)
     # Into a file or a pipe rich would fold at 80 columns.
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def check_writable(name: str, folder: Path) -> None:
-    """Make `folder` if it is missing and prove that a file can be written there.
-
-    Raises:
-        ValueError: it cannot; `name` is the argument to blame.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"{name}: cannot write to {str(folder)!r} ({error.strerror})") from error
+def kept_in(state: Path | None) -> str:
+    """What there is of a run that was stopped, and how to go on."""
+    if state is None:
+        return "nothing was kept; with --state DIR it could go on"
+    return f"what is done is in {state}: the same command with --resume goes on"

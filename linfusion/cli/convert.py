@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
-from linfusion.cli import load
-from linfusion.cli.console import Json, check_writable, emit_json, working
+from linfusion.cli import check, load
+from linfusion.cli.console import Json, emit_json, working
+from linfusion.files.whole_files import writable_folder
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,8 @@ def convert(
     The numbers stay as they are, and so does their dtype.
     """
     if model is not None:
-        load.check_model(model)
+        check.check_model(model)
+    check.check_weights(source)
     if (destination / "config.json").exists():
         raise ValueError(f"destination: {str(destination)!r} already holds weights")
     with working(f"reading {source}"):
@@ -49,13 +51,13 @@ def convert(
                 f"model: {source} has no to_q, to_k, to_v, to_out, which the authors' format "
                 "needs; name the base model they come from with --model"
             )
-        check_writable("destination", destination)
+        writable_folder("destination", destination)
         if complete:
             relaid(side, _LAYOUT[to]).save_pretrained(destination)
         else:
             from linfusion.linearize import linearize
 
-            pipe = load.load_pipeline(model or "", device_map="cpu")
+            pipe = load.load_pipeline(model or "", device="cpu")
             linearize(pipe, side.config.method, weights=source)
             save(pipe, destination, layout=_LAYOUT[to])
     if as_json:

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 from typer import Context, Option
 
-from linfusion.cli import load
-from linfusion.cli.console import Json, check_writable, emit_json, emit_table, working
-from linfusion.cli.size import check_pixels
+from linfusion.cli import check, load
+from linfusion.cli.check import check_pixels
+from linfusion.cli.console import Json, emit_json, emit_table, working
+from linfusion.files.whole_files import writable_folder
 
 _ONE_PICTURE = {"picture", "base", "border", "band", "crop"}  # what --picture alone takes
 _BOTH = {"images", "count", "seed"}
@@ -42,7 +43,7 @@ def evaluate(
     ] = None,
     dtype: load.DtypeOption = "auto",
     variant: load.VariantOption = None,
-    device_map: load.DeviceMapOption = None,
+    device: load.DeviceOption = None,
     output: Annotated[
         Path | None, Option("--output", "-o", help="Folder for teacher | student grids.")
     ] = None,
@@ -86,29 +87,31 @@ def evaluate(
         return
     if images is None:
         raise ValueError("images: missing; accepted is a folder of real pictures")
-    load.check_model(model)
+    check.check_model(model)
+    check.check_device(device)
+    check.check_weights(weights)
+    check.check_file("inception", inception)
     for size in sizes or []:
         check_pixels("size", size)
     if not images.is_dir():
         raise ValueError(f"images: {str(images)!r} is not a folder")
-    lines = None
-    if prompts is not None:
-        if not prompts.is_file():
-            raise ValueError(f"prompts: {str(prompts)!r} is not a file")
-        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if prompts is not None and not prompts.is_file():
+        raise ValueError(f"prompts: {str(prompts)!r} is not a file")
     if output:
-        check_writable("output", output)
+        writable_folder("output", output)
     with working(f"evaluating {model}"):
         from linfusion.evaluation.compare import evaluate as judge
         from linfusion.evaluation.features import inception_features
+        from linfusion.training.data.pictures import read_lines
 
-        pipe = load.load_pipeline(model, dtype=dtype, variant=variant, device_map=device_map)
+        pipe = load.load_pipeline(model, dtype=dtype, variant=variant, device=device)
         pipe.set_progress_bar_config(disable=True)  # `judge` shows one of its own
+        weights = _student(pipe, model, weights)
         result = judge(
             pipe,
-            load.find_weights(pipe, model, weights),
+            weights,
             images=images,
-            prompts=lines,
+            prompts=None if prompts is None else read_lines(prompts, "prompts"),
             sizes=sizes or [128],
             n=count,
             batch_size=batch_size,
@@ -130,6 +133,33 @@ def evaluate(
         ],
         title=f"{model}: {result['n']} pictures, seed {result['seed']}",
     )
+
+
+def _student(pipe: Any, model: str, weights: str | None) -> str:
+    """The student to judge, once the pipeline has its teacher's denoiser.
+
+    Where the student is a whole model, it is the pipeline's own, and its teacher lies in the
+    pipeline's folder.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from linfusion.layers.record import MARKER
+
+    if type(pipe).__name__ == "LinGenPipeline":
+        raise ValueError(f"model: {model} draws videos, which are not judged here")
+    folder = Path(check.check_model(model))
+    own = getattr(pipe, "transformer", None)
+    if weights is None and own is not None and MARKER in own.config and folder.is_dir():
+        teacher = folder / "teacher"
+        if not teacher.is_dir():
+            raise ValueError(
+                f"model: {model} is its own student, and has no teacher beside it to compare with"
+            )
+        softmax = type(own).from_pretrained(teacher, torch_dtype=own.dtype).to(own.device)
+        pipe.register_modules(transformer=softmax)
+        return str(folder / "transformer")
+    return load.find_weights(pipe, model, weights)
 
 
 def _check_flags(context: Context, large: bool) -> None:
@@ -169,14 +199,13 @@ def _judge_picture(
 
         from linfusion.evaluation import large_pictures as large
         from linfusion.files.picture_reader import open_picture
-        from linfusion.training.data.pictures import image_folder, rgb
+        from linfusion.training.data.pictures import image_folder
 
         real = []
         if images is not None:
             examples = image_folder(images, captions=False, argument="images")
             for i in range(min(n, len(examples))):  # a crop takes one each, more are not needed
-                with examples[i * len(examples) // min(n, len(examples))].open() as image:
-                    real.append(np.asarray(rgb(image)))
+                real.append(np.asarray(examples[i * len(examples) // min(n, len(examples))].open()))
         pixels = open_picture(picture)
         small = None if base is None else open_picture(base)
         scores: dict[str, float] = {}

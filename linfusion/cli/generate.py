@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import secrets
 import time
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from linfusion.cli import load
-from linfusion.cli.console import Json, check_writable, emit_json, say, working
+from linfusion.cli import check, load
+from linfusion.cli.check import check_pixels, choose_size
+from linfusion.cli.console import Json, emit_json, keeping, say, working
 from linfusion.cli.ranks import ParallelOption, join_ranks
-from linfusion.cli.size import check_pixels, choose_size
+from linfusion.files.whole_files import writable_folder, writing
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -63,7 +63,7 @@ def generate(
     variant: load.VariantOption = None,
     revision: load.RevisionOption = None,
     token: load.TokenOption = None,
-    device_map: load.DeviceMapOption = None,
+    device: load.DeviceOption = None,
     lora: Annotated[
         list[str] | None,
         Option(metavar="JSON", help='{"lora_id": ..., "lora_scale": 1.0}; repeat to stack.'),
@@ -104,10 +104,15 @@ def generate(
         "num_inference_steps": _at_least(1, "num_inference_steps", steps),
     }
     call = {name: value for name, value in call.items() if value is not None}
+    check.check_device(device)
+    check.check_method(method)
+    check.check_weights(weights)
+    check.check_backend(attention_backend)
     guidance_scale = _at_least(0, "guidance_scale", guidance_scale)
-    more = load.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
-    loras = load.parse_lora(lora)
-    where = load.check_model(model)
+    more = check.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
+    loras = check.parse_lora(lora)
+    where = check.check_model(model)
+    check.check_class(model, classes)
     if softmax and (weights or layers):
         raise ValueError("--softmax: takes no --weights and no --layers")
     if parallel and (softmax or compile_blocks):
@@ -123,14 +128,15 @@ def generate(
     from linfusion.summary import summary
 
     with working(f"loading {model}"):
-        refuse_other_kinds(model, where, revision=revision, token=token)
+        with load.reaching(model, revision):
+            refuse_other_kinds(model, where, revision=revision, token=token)
         pipe = load.load_pipeline(
             model,
             dtype=dtype,
             variant=variant,
             revision=revision,
             token=token,
-            device_map=device_map,
+            device=device,
             cpu_offload=cpu_offload,
         )
         of_classes = hasattr(pipe, "labels")
@@ -147,6 +153,7 @@ def generate(
             check_pixels(name, side, pixel_multiple(pipe))
         call |= {"height": pixels[0], "width": pixels[1]}
         call |= draw_arguments(pipe, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+        check.check_call(pipe, more, ("prompt", "generator", "output_type", "return_dict"))
         call |= more
         if not softmax:
             size_of_auto = pixels if layers == "auto" else None
@@ -157,7 +164,7 @@ def generate(
             pipe,
             lora=loras,
             cpu_offload=cpu_offload,
-            device_map=device_map,
+            device=device,
             attention_backend=attention_backend,
             vae_tiling=vae_tiling,
             vae_slicing=vae_slicing,
@@ -172,21 +179,31 @@ def generate(
             "device": str(pipe._execution_device),
         }
         jobs = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
-        images = []
-        for i, (prompt, path) in enumerate(zip(jobs, paths, strict=True)):
-            image, seconds = _draw(pipe, prompt, seed + i, call)
-            described = {"prompt": prompt, "seed": seed + i, "seconds": round(seconds, 3)}
-            described |= {"width": image.width, "height": image.height}
-            images.append({"path": str(path), **described})
-            if place.first:
-                save_png(image, path, {**common, **described, "call": call})
-                say(f"{image.width}x{image.height} in {seconds:.1f} s, seed {seed + i}")
+        images: list[dict[str, Any]] = []
+        with keeping(lambda: _drawn(images, len(jobs), seed)), check.blaming(more):
+            for i, (prompt, path) in enumerate(zip(jobs, paths, strict=True)):
+                image, seconds = _draw(pipe, prompt, seed + i, call)
+                described = {"prompt": prompt, "seed": seed + i, "seconds": round(seconds, 3)}
+                described |= {"width": image.width, "height": image.height}
+                if place.first:
+                    save_png(image, path, {**common, **described, "call": call})
+                    say(f"{image.width}x{image.height} in {seconds:.1f} s, seed {seed + i}")
+                images.append({"path": str(path), **described})
     if not place.first:
         return
     if as_json:
         emit_json({**common, "call": call, "images": images})
     else:
         print(*paths, sep="\n")
+
+
+def _drawn(images: list[dict[str, Any]], wanted: int, seed: int) -> str:
+    """What there is of the pictures, and how to go on."""
+    if not images:
+        return "nothing was drawn"
+    left = f"; --seed {seed + len(images)} goes on with the others"
+    last = images[-1]["path"]
+    return f"{len(images)} of {wanted} pictures are written, the last {last}{left}"
 
 
 def check_prompts(prompts: list[str]) -> None:
@@ -237,7 +254,7 @@ def output_paths(output: Path, prompts: list[str], per_prompt: int, seed: int) -
         for i in range(count):
             name = f"{_slug(prompts[i // per_prompt])}-{seed + i}"
             paths.append(_unused(folder, name, paths))
-    check_writable("output", folder)
+    writable_folder("output", folder)
     return paths
 
 
@@ -247,12 +264,8 @@ def save_png(image: Image.Image, path: Path, parameters: dict[str, Any]) -> None
 
     about = PngInfo()
     about.add_itxt("parameters", json.dumps(parameters, ensure_ascii=False))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        image.save(unfinished, format="PNG", pnginfo=about)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with writing(path) as file:
+        image.save(file, format="PNG", pnginfo=about)
 
 
 def _draw(

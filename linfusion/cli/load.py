@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
 from linfusion import zoo
+from linfusion.cli.check import check_device, check_model
+from linfusion.cli.console import say
 
 if TYPE_CHECKING:
     import torch
@@ -29,9 +33,14 @@ RevisionOption = Annotated[
     str | None, Option("--revision", help="Branch, tag or commit on the hub.")
 ]
 TokenOption = Annotated[str | None, Option("--token", help="Hub token, for gated models.")]
-DeviceMapOption = Annotated[
+# Two names: diffusers-cli says the second.
+DeviceOption = Annotated[
     str | None,
-    Option("--device-map", help="cuda, cuda:1, mps, cpu, balanced, or JSON; found if not given."),
+    Option(
+        "--device",
+        "--device-map",
+        help="cuda, cuda:1, mps, xpu, cpu, or balanced over all GPUs; found if not given.",
+    ),
 ]
 WeightsOption = Annotated[
     str | None,
@@ -54,52 +63,6 @@ LayersOption = Annotated[
 ]
 
 
-def parse_json_object(flag: str, text: str | None) -> dict[str, Any]:
-    """The JSON object a flag was given, {} for None."""
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{flag}: {text!r} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{flag}: expected a JSON object, got {text!r}")
-    return value
-
-
-def parse_lora(texts: list[str] | None) -> list[dict[str, Any]]:
-    """The objects `--lora` was given: lora_id and perhaps lora_scale, adapter_name, weight_name."""
-    optional = ("lora_scale", "adapter_name", "weight_name")
-    specs = [parse_json_object("--lora", text) for text in texts or []]
-    for spec in specs:
-        if "lora_id" not in spec or not set(spec) <= {"lora_id", *optional}:
-            raise ValueError(
-                f"--lora: expected lora_id and perhaps {', '.join(optional)}; "
-                f"got {', '.join(spec) or 'nothing'}"
-            )
-    return specs
-
-
-def check_device(name: str, device: str) -> None:
-    """Refuse a device that this machine lacks; "balanced" and JSON are left to diffusers."""
-    import torch
-
-    kind = device.partition(":")[0]
-    if (kind == "cuda" and not torch.cuda.is_available()) or (
-        kind == "mps" and not torch.backends.mps.is_available()
-    ):
-        raise ValueError(f"{name}: {device!r} is not here; this machine has {default_device()}")
-
-
-def default_device() -> str:
-    """The fastest device of this machine."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def parse_dtype(name: Dtype, device: str) -> torch.dtype:
     """The dtype of that name; auto is float32 on a CPU, bfloat16 (else float16) elsewhere."""
     import torch
@@ -114,26 +77,6 @@ def parse_dtype(name: Dtype, device: str) -> torch.dtype:
     ) or getattr(torch, name)
 
 
-def check_model(model: str) -> str:
-    """The folder or hub name that `--model` stands for.
-
-    Raises:
-        ValueError: an unknown zoo name, or what looks like a folder and is none.
-    """
-    model = zoo.resolve(model)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"model: {model!r} has no model_index.json, so it is no pipeline")
-        return str(folder)
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ValueError(
-            f"model: {model!r} is not a folder; accepted are a folder, a hub name like owner/name, "
-            f"and {', '.join(zoo.PREFIX + name for name in zoo.names()) or 'zoo:<name>'}"
-        )
-    return model
-
-
 def load_pipeline(
     model: str,
     *,
@@ -141,27 +84,106 @@ def load_pipeline(
     variant: str | None = None,
     revision: str | None = None,
     token: str | None = None,
-    device_map: str | None = None,
+    device: str | None = None,
     cpu_offload: str | None = None,
 ) -> DiffusionPipeline:
     """Load `model` and put it where it runs; with `cpu_offload` it stays on the CPU."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of the text encoder's tensors; that of the parts is enough
-    from linfusion.pipelines.load import load as load_pipeline
-
-    device = device_map or default_device()
-    check_device("device_map", device)
-    if cpu_offload and device == "cpu":
+    chosen = check_device(device)
+    if cpu_offload and chosen == "cpu":
         raise ValueError(f"cpu_offload: {cpu_offload!r} needs a GPU, and the device is the CPU")
-    kwargs: dict[str, Any] = {"dtype": parse_dtype(dtype, device)}
+    if cpu_offload and chosen == "balanced":
+        raise ValueError(f"device: 'balanced' does not go with --cpu-offload {cpu_offload}")
+    kwargs: dict[str, Any] = {"dtype": parse_dtype(dtype, chosen)}
+    if chosen == "cpu" and dtype in ("fp16", "float16"):
+        say("dtype: float16 is some thirty times slower on a CPU than bf16 or fp32")
     given = {"variant": variant, "revision": revision, "token": token}
     kwargs |= {name: value for name, value in given.items() if value is not None}
-    if device.startswith("{"):
-        kwargs["device_map"] = parse_json_object("--device-map", device)
-    elif not cpu_offload:
-        kwargs["device_map"] = device
-    return load_pipeline(check_model(model), **kwargs)
+    # diffusers takes no number of a GPU there: such a pipeline is moved.
+    if chosen == "balanced":
+        kwargs["device_map"] = chosen
+    name = check_model(model)
+    from transformers.utils import logging as transformers_logging
+
+    # Of the text encoder's tensors; that of the parts is enough.
+    transformers_logging.disable_progress_bar()
+    from linfusion.pipelines.load import load as load_pipeline
+
+    with _quiet():
+        with reaching(model, revision):
+            pipe = load_pipeline(name, **kwargs)
+        if not cpu_offload and chosen != "balanced":
+            pipe.to(chosen)
+    return pipe
+
+
+@contextlib.contextmanager
+def reaching(model: str, revision: str | None) -> Iterator[None]:
+    """Inside, a hub that is not there is named as what it is.
+
+    Raises:
+        ValueError: the hub may not be asked, and the model is not in its cache.
+        OSError: it cannot be reached.
+    """
+    _check_offline(check_model(model), revision)
+    try:
+        yield
+    except OSError as error:
+        raise _unreachable(model, error) from error
+
+
+def _check_offline(model: str, revision: str | None) -> None:
+    """Refuse a hub name that is not in the cache where the hub may not be asked."""
+    import huggingface_hub
+
+    if Path(model).is_dir() or not huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    if isinstance(
+        huggingface_hub.try_to_load_from_cache(model, "model_index.json", revision=revision), str
+    ):
+        return
+    raise ValueError(
+        f"model: {model} is not in the cache of the hub, and HF_HUB_OFFLINE is set; {_cached()}"
+    )
+
+
+def _cached() -> str:
+    import huggingface_hub
+
+    try:
+        found = sorted(repo.repo_id for repo in huggingface_hub.scan_cache_dir().repos)
+    except (OSError, ValueError, huggingface_hub.errors.CacheNotFound):
+        found = []
+    return f"cached are {', '.join(found)}" if found else "nothing is cached"
+
+
+def _unreachable(model: str, error: OSError) -> OSError:
+    """What a pipeline could not be loaded for: of a network that is not there, so much is said."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if "Connect" in type(cause).__name__ or "Offline" in type(cause).__name__:
+            return OSError(f"model: cannot reach the hub for {model} ({cause}); {_cached()}")
+        cause = cause.__cause__ or cause.__context__
+    return error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what libraries say at every start of a pipeline that is as it should be."""
+    said = ("id2label", "kept in float32: []", "cannot run with `cpu`", "cannot run with cpu")
+
+    def matters(record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in said)
+
+    handlers = [
+        h for name in ("diffusers", "transformers") for h in logging.getLogger(name).handlers
+    ]
+    for handler in handlers:
+        handler.addFilter(matters)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(matters)
 
 
 def find_weights(pipe: DiffusionPipeline, model: str, weights: str | None) -> str:
@@ -251,7 +273,7 @@ def optimize(
     *,
     lora: list[dict[str, Any]],
     cpu_offload: str | None,
-    device_map: str | None,
+    device: str | None,
     attention_backend: str | None,
     vae_tiling: bool,
     vae_slicing: bool,
@@ -267,12 +289,12 @@ def optimize(
         scales = [float(spec.get("lora_scale", 1.0)) for spec in lora]
         pipe.set_adapters(names, adapter_weights=scales)
     if cpu_offload == "model":
-        pipe.enable_model_cpu_offload(device=device_map)
+        pipe.enable_model_cpu_offload(device=device)
     elif cpu_offload == "group":
         import torch
 
         pipe.enable_group_offload(
-            onload_device=torch.device(device_map or default_device()),
+            onload_device=torch.device(check_device(device)),
             offload_type="leaf_level",
             use_stream=torch.cuda.is_available(),
         )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from typer import Argument
 
-from linfusion.cli import load
+from linfusion.cli import check, load
 from linfusion.cli.console import Json, emit_json, working
 
 
@@ -29,7 +29,9 @@ def summary(
     model is made linear first if there are --weights or a student in its folder, or if it was saved
     linear.
     """
-    load.check_model(model)
+    check.check_model(model)
+    check.check_method(method)
+    check.check_weights(weights)
     with working(f"loading {model}"):
         from linfusion.layers.find import model_of
         from linfusion.layers.record import MARKER
@@ -37,8 +39,13 @@ def summary(
         from linfusion.summary import summary as summarize
 
         pipe = load.load_pipeline(
-            model, dtype=dtype, variant=variant, revision=revision, token=token, device_map="cpu"
+            model, dtype=dtype, variant=variant, revision=revision, token=token, device="cpu"
         )
+        if type(pipe).__name__ == "LinGenPipeline":
+            raise ValueError(
+                f"model: {model} is a {type(pipe.transformer).__name__}, linear itself: it has no"
+                " softmax layers that a method could take"
+            )
         weights = load.student_of(model, weights)
         config: Any = model_of(pipe).config
         if weights or MARKER in config:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from linfusion.cli import load
-from linfusion.cli.console import Json, check_writable, emit_json, emit_table, say, working
+from linfusion.cli import check, load
+from linfusion.cli.check import choose_size
+from linfusion.cli.console import Json, emit_json, emit_table, keeping, kept_in, say, working
 from linfusion.cli.generate import check_length, check_prompts
 from linfusion.cli.ranks import ParallelOption, join_ranks
-from linfusion.cli.size import choose_size
+from linfusion.files.whole_files import writable_folder
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -95,7 +96,7 @@ def upscale(
     variant: load.VariantOption = None,
     revision: load.RevisionOption = None,
     token: load.TokenOption = None,
-    device_map: load.DeviceMapOption = None,
+    device: load.DeviceOption = None,
     lora: Annotated[
         list[str] | None,
         Option(metavar="JSON", help='{"lora_id": ..., "lora_scale": 1.0}; repeat to stack.'),
@@ -115,8 +116,16 @@ def upscale(
     if None in pixels:
         raise ValueError("size: missing; accepted is --size, or --height and --width")
     base = choose_size(base_size, None, None) if base_size else None
-    if resume and state is None:
-        raise ValueError("resume: needs --state, the folder of the run to go on with")
+    check.check_state(state, resume, "run")
+    check.check_device(device)
+    check.check_method(method)
+    check.check_weights(weights)
+    check.check_file("image", image)
+    if control_image not in (None, "previous"):
+        check.check_file("control_image", Path(control_image or ""))
+    for given in strength or []:
+        if not 0 < given <= 1:
+            raise ValueError(f"strength: {given}; accepted are numbers above 0, up to 1")
     if softmax and weights:
         raise ValueError("--softmax: takes no --weights")
     if output.suffix.lower() not in _SUFFIXES:
@@ -136,10 +145,10 @@ def upscale(
         "output": output,
     }
     call = {name: value for name, value in call.items() if value is not None}
-    more = load.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
-    loras = load.parse_lora(lora)
-    load.check_model(model)
-    check_writable("output", output.parent)
+    more = check.parse_json_object("--pipeline-kwargs", pipeline_kwargs)
+    loras = check.parse_lora(lora)
+    check.check_model(model)
+    writable_folder("output", output.parent)
     if parallel and (state is not None or softmax or dry_run):
         raise ValueError(
             "parallel: takes neither --state nor --dry-run, which are of one process, nor --softmax"
@@ -165,12 +174,13 @@ def upscale(
             variant=variant,
             revision=revision,
             token=token,
-            device_map=device_map,
+            device=device,
         )
         image_to_image(pipe)  # refuses what cannot be taken further, whatever its attention
         for text in [prompt, *([negative_prompt] if negative_prompt else [])]:
             check_length(pipe, text)
         call |= draw_arguments(pipe, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+        check.check_call(pipe, more, ("prompt", "generator", "output_type", "return_dict"))
         call |= more
         clear: Any = True
         if is_transformer(pipe):
@@ -181,7 +191,7 @@ def upscale(
             pipe,
             lora=loras,
             cpu_offload=None,
-            device_map=device_map,
+            device=device,
             attention_backend=None,
             vae_tiling=False,
             vae_slicing=False,
@@ -195,13 +205,15 @@ def upscale(
         place.share(pipe)
         highres = HighResPipeline(pipe, memory_budget=memory_budget, scratch=scratch, clear=clear)
         if dry_run:
-            plan = highres.plan(prompt, **call)
+            with check.blaming(more):
+                plan = highres.plan(prompt, **call)
         else:
             generator = None if seed is None else torch.Generator().manual_seed(seed)
             if not place.first:  # it computes its rows, also of the VAE; the first one writes
                 call |= {"output": None, "output_type": "pil"}
             begun = time.perf_counter()
-            made = highres(prompt, generator=generator, state=state, resume=resume, **call)
+            with keeping(lambda: kept_in(state)), check.blaming(more):
+                made = highres(prompt, generator=generator, state=state, resume=resume, **call)
             seconds = round(time.perf_counter() - begun, 3)
             if not place.first:
                 return

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from linfusion.cli import load
-from linfusion.cli.console import Json, check_writable, emit_json, say, working
+from linfusion.cli import check, load
+from linfusion.cli.check import choose_size
+from linfusion.cli.console import Json, emit_json, keeping, kept_in, say, working
 from linfusion.cli.generate import check_length, check_prompts
 from linfusion.cli.ranks import ParallelOption, join_ranks
-from linfusion.cli.size import choose_size
+from linfusion.files.whole_files import writable_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +75,7 @@ def video(
     variant: load.VariantOption = None,
     revision: load.RevisionOption = None,
     token: load.TokenOption = None,
-    device_map: load.DeviceMapOption = None,
+    device: load.DeviceOption = None,
     parallel: ParallelOption = None,
     as_json: Json = False,
 ) -> None:
@@ -97,28 +98,38 @@ def video(
             raise ValueError(f"{name}: {number}; accepted are numbers above 0")
     num_frames = max(1, round(seconds * fps))
     height, width = choose_size(size, height, width)
-    if resume and state is None:
-        raise ValueError("resume: needs --state, the folder of the video to go on with")
+    check.check_state(state, resume, "video")
+    check.check_device(device)
     if image is not None and go_on is not None:
         raise ValueError("image: got one beside --continue; accepted is one of them")
-    load.check_model(model)
-    check_writable("output", output.parent)
+    check.check_file("image", image)
+    if go_on is not None and not go_on.exists():
+        raise ValueError(f"continue: there is no video {str(go_on)!r}")
+    check.check_model(model)
+    writable_folder("output", output.parent)
     place = join_ranks(parallel)
 
     import torch
 
     from linfusion.cli.measure import human_bytes, peak_rss
     from linfusion.files.video_reader import read_video
-    from linfusion.files.video_writer import open_video
+    from linfusion.files.video_writer import check_video, open_video
     from linfusion.pipelines.state import seed_of
 
+    check_video(output, fps, codec)
+    clip = None if go_on is None else read_video(go_on)
+    if clip is not None and len(clip) >= num_frames:
+        raise ValueError(
+            f"continue: {go_on} has {len(clip)} frames, {len(clip) / fps:g} s at this rate;"
+            f" --seconds is the length of both and has to be longer, got {seconds:g}"
+        )
     if resume and seed is None and seed_of(state) is not None:
         generator = None  # the seed is in the folder
     else:
         seed = place.agreed(secrets.randbelow(2**32) if seed is None else seed)
         generator = torch.Generator().manual_seed(seed)
     with working(f"loading {model}"):
-        pipe = _load(model, dtype, variant, revision, token, device_map)
+        pipe = _load(model, dtype, variant, revision, token, device)
         place.share(pipe)
         for text in [*prompts, *([negative_prompt] if negative_prompt else [])]:
             check_length(pipe, text)
@@ -132,7 +143,7 @@ def video(
         }
         given: dict[str, Any] = {
             "image": None if image is None else _picture(image),
-            "video": None if go_on is None else _fitting(pipe, read_video(go_on)),
+            "video": None if clip is None else _fitting(pipe, clip),
         }
         start = time.perf_counter()
         prompt: Any = list(zip([0, *(starts or [])], prompts, strict=True))
@@ -150,15 +161,14 @@ def video(
             for _ in stream:
                 pass
             return
-        with open_video(output, fps, (call["width"], call["height"]), codec=codec) as out:
-            try:
-                for frames in stream:
-                    out.write(frames)
-                    if first is None:
-                        first = time.perf_counter() - start
-            except KeyboardInterrupt:
-                say(f"linfusion: interrupted; {out.frames} frames are in {output}")
-                raise
+        with (
+            open_video(output, fps, (call["width"], call["height"]), codec=codec) as out,
+            keeping(lambda: f"{out.frames} frames are in {output}; {kept_in(state)}"),
+        ):
+            for frames in stream:
+                out.write(frames)
+                if first is None:
+                    first = time.perf_counter() - start
         took = time.perf_counter() - start
         say(
             f"{out.frames} frames of {call['width']}x{call['height']} in {took:.1f} s, the first"
@@ -179,7 +189,7 @@ def _load(
     variant: str | None,
     revision: str | None,
     token: str | None,
-    device_map: str | None,
+    device: str | None,
 ) -> LinGenPipeline:
     """A video pipeline.
 
@@ -189,15 +199,16 @@ def _load(
     from linfusion.pipelines.kinds import refuse_all_but
     from linfusion.pipelines.lingen.pipeline import LinGenPipeline
 
-    where = load.check_model(model)
-    refuse_all_but("LinGenPipeline", model, where, revision=revision, token=token)
+    where = check.check_model(model)
+    with load.reaching(model, revision):
+        refuse_all_but("LinGenPipeline", model, where, revision=revision, token=token)
     pipe = load.load_pipeline(
         model,
         dtype=dtype,
         variant=variant,
         revision=revision,
         token=token,
-        device_map=device_map,
+        device=device,
     )
     assert isinstance(pipe, LinGenPipeline)
     pipe.set_progress_bar_config(desc="drawing", unit="step")
@@ -207,8 +218,9 @@ def _load(
 def _picture(path: Path) -> Any:
     from PIL import Image
 
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    from linfusion.files.picture_reader import open_picture
+
+    return Image.fromarray(open_picture(path))
 
 
 def _fitting(pipe: LinGenPipeline, frames: np.ndarray) -> np.ndarray:

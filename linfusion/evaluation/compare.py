@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from linfusion import zoo
 from linfusion.evaluation.features import random_features
 from linfusion.evaluation.metrics import (
     frechet_distance,
@@ -20,12 +21,12 @@ from linfusion.evaluation.metrics import (
     ssim,
 )
 from linfusion.files.sheets import side_by_side
+from linfusion.files.whole_files import writable_folder, writing
 from linfusion.lit.pipeline import with_learned_variance
 from linfusion.lit.whole import as_student
 from linfusion.pipelines.arguments import draw_arguments, pixel_multiple
-from linfusion.training.config import writable_folder
+from linfusion.pipelines.load import default_device, in_one_dtype, load
 from linfusion.training.data.pictures import Example, fit, image_folder
-from linfusion.training.trainer import load_pipeline
 
 
 def evaluate(
@@ -86,7 +87,9 @@ def evaluate(
     examples = image_folder(images, captions=prompts is None, argument="images")
     if len(examples) < 2:
         raise ValueError(f"images: got {len(examples)} pictures, accepted is 2 or more")
-    pipe = load_pipeline(pipeline) if isinstance(pipeline, str) else pipeline
+    pipe: Any = pipeline
+    if isinstance(pipeline, str):
+        pipe = load(zoo.resolve(pipeline)).to(default_device())
     pipe = with_learned_variance(pipe)
     for size in sizes:
         if size < 11 or size % pixel_multiple(pipe):
@@ -128,7 +131,8 @@ def evaluate(
         }
         if sheets is not None:
             sheet = side_by_side(*(_images(p[:8]) for p in (teacher, student[size])))
-            sheet.save(sheets / f"teacher-student-{size}.png")
+            with writing(sheets / f"teacher-student-{size}.png") as file:
+                sheet.save(file, "PNG")
     return {
         "n": n,
         "real": len(examples),
@@ -157,8 +161,8 @@ def _draw(
     for start in tqdm(range(0, len(prompts), batch_size), desc=f"{label} {size} px"):
         batch = prompts[start : start + batch_size]
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        parts.append(
-            pipe(
+        with in_one_dtype(pipe):
+            drawn = pipe(
                 batch,
                 **draw_arguments(pipe, len(batch), guidance_scale=guidance_scale),
                 height=size,
@@ -166,9 +170,9 @@ def _draw(
                 num_inference_steps=steps,
                 generator=generators,
                 output_type="pt",
-            ).images.float()
-        )
-    return torch.cat([p.cpu() for p in parts])
+            ).images
+        parts.append(drawn.float().cpu())
+    return torch.cat(parts)
 
 
 def _compare(
@@ -192,8 +196,7 @@ def _real(examples: Sequence[Example], size: int, batch_size: int) -> list[Tenso
     for start in range(0, len(examples), batch_size):
         pixels = []
         for example in examples[start : start + batch_size]:
-            with example.open() as image:
-                pixels.append(np.asarray(fit(image, size, size, "lanczos")))
+            pixels.append(np.asarray(fit(example.open(), size, size, "lanczos")))
         batches.append(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255)
     return batches
 

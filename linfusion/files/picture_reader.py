@@ -34,15 +34,43 @@ def open_picture(picture: str | os.PathLike[str] | Image.Image) -> np.ndarray:
     palette pictures become RGB.
 
     Raises:
-        ValueError: not a picture, a truncated one, or one of 32-bit or Lab pixels.
+        ValueError: not a picture, a truncated one, or one of 32-bit or Lab pixels; or neither a
+            path nor a Pillow image.
         OSError: the file is not there or may not be read.
     """
     if not isinstance(picture, Image.Image):
         return _read("picture", picture, None)
-    with _any_size():
-        pixels, notes = _pixels("picture", "the Pillow image", picture, None)
+    pixels, notes = open_noted(picture)
     _say("picture", notes, stacklevel=3)
     return pixels
+
+
+def open_noted(picture: str | os.PathLike[str] | Image.Image) -> tuple[np.ndarray, list[str]]:
+    """What `open_picture` gives, and what it would warn of; for those who open many."""
+    if isinstance(picture, Image.Image):
+        with _any_size():
+            return _pixels("picture", "the Pillow image", picture, None)
+    with _opened("picture", picture) as opened:
+        return _pixels("picture", picture, opened, None)
+
+
+def size_of(picture: str | os.PathLike[str] | Image.Image) -> tuple[int, int]:
+    """(width, height) of the upright picture, without decoding its pixels.
+
+    Raises:
+        ValueError, OSError: as `open_picture`, but for what is in the pixels.
+    """
+    if not isinstance(picture, Image.Image):
+        with _opened("picture", picture) as opened:
+            return size_of(opened)
+    width, height = picture.size
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
+    return (height, width) if turned else (width, height)
+
+
+def frame_pixels(frame: Image.Image) -> np.ndarray:
+    """The frame that an animation is at, as `open_picture` converts pictures, uint8 [H, W, 3]."""
+    return _from_bands(frame, (0, 0, *frame.size))[0]
 
 
 def read(
@@ -73,12 +101,7 @@ def read_parameters(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: not a picture, or one without such parameters.
         OSError: the file is not there or may not be read.
     """
-    with (
-        open(path, "rb") as file,
-        _any_size(),
-        _readable("path", path),
-        Image.open(file) as picture,
-    ):
+    with _opened("path", path) as picture, _readable("path", path):
         text = picture.info.get("parameters")
         if text is None:
             text = picture.getexif().get(ExifTags.Base.ImageDescription)
@@ -126,14 +149,28 @@ def _readable(argument: str, source: object) -> Iterator[None]:
         ) from error
 
 
-def _read(
-    argument: str, path: str | os.PathLike[str], region: tuple[int, int, int, int] | None
-) -> np.ndarray:
+@contextlib.contextmanager
+def _opened(argument: str, path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """A picture file, not yet loaded, whatever its size."""
+    if not isinstance(
+        path, str | os.PathLike
+    ):  # a number is a descriptor to `open`, which closes it
+        raise ValueError(
+            f"{argument}: got {path!r} of type {type(path).__name__}; accepted: the path of a"
+            " picture file, or a Pillow image"
+        )
     with open(path, "rb") as file, _any_size():
         with _readable(argument, path):
             picture = Image.open(file)
         with picture:
-            pixels, notes = _pixels(argument, path, picture, region)
+            yield picture
+
+
+def _read(
+    argument: str, path: str | os.PathLike[str], region: tuple[int, int, int, int] | None
+) -> np.ndarray:
+    with _opened(argument, path) as picture:
+        pixels, notes = _pixels(argument, path, picture, region)
     _say(os.fspath(path), notes, stacklevel=4)
     return pixels
 

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import json
 import os
 import shutil
-import struct
-import zlib
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import IO, Any, Protocol
+from types import TracebackType
+from typing import IO, Any
 
 import numpy as np
-from PIL import ExifTags, Image
 
-TILE = 256  # rows and columns of a TIFF tile
-SLICE = 2**20  # bytes filtered and compressed at a time
+from linfusion.files import whole_files
+from linfusion.files.picture_formats import (
+    TILE,
+    Encoder,
+    Jpeg,
+    Png,
+    Preview,
+    Tiff,
+    exif_of,
+    tifffile_module,
+)
 
 # Longest side by suffix, with the reason it is the longest.
 _LIMITS = {
@@ -73,7 +78,7 @@ def writer(
     if not isinstance(quality, int) or not 1 <= quality <= 100:
         raise ValueError(f"quality: {quality!r}; accepted: an int from 1 to 100")
     text = _as_json(parameters)
-    if path.suffix.lower() in (".jpg", ".jpeg") and len(_exif(text)) > _EXIF_BYTES:
+    if path.suffix.lower() in (".jpg", ".jpeg") and len(exif_of(text)) > _EXIF_BYTES:
         raise ValueError(
             f"parameters: {len(text):,} bytes of JSON; a JPEG holds about {_EXIF_BYTES:,}, "
             "PNG and TIFF hold any length"
@@ -100,17 +105,18 @@ class PictureWriter:
         self.rows = 0  # written so far
         self._text = text
         self._preview = Preview(width, height, preview) if preview else None
-        self._partial: dict[Path, IO[bytes]] = {}  # final name -> file under its temporary name
+        self._parts: list[whole_files.Part] = []
+        whole_files.remove_leftovers(path.parent, path.name)
         with self._guard():
             file = self._open(path)
-            self._encoder: _Encoder
+            self._encoder: Encoder
             match path.suffix.lower():
                 case ".png":
-                    self._encoder = _Png(file, width, height, text)
+                    self._encoder = Png(file, width, height, text)
                 case ".tif" | ".tiff":
-                    self._encoder = _Tiff(file, width, height, text)
+                    self._encoder = Tiff(file, width, height, text)
                 case _:
-                    self._encoder = _Jpeg(file, width, height, text, quality)
+                    self._encoder = Jpeg(file, width, height, text, quality)
 
     def write(self, band: np.ndarray) -> None:
         """Append a band of rows, uint8 [rows, width, 3].
@@ -120,7 +126,7 @@ class PictureWriter:
                 written then.
             OSError: the disk is full; the unfinished picture is removed.
         """
-        if not self._partial:
+        if not self._parts:
             raise ValueError(f"band: {self.path} is closed and takes no more rows")
         shape, dtype = getattr(band, "shape", None), getattr(band, "dtype", None)
         if shape is None or len(shape) != 3 or shape[1:] != (self.width, 3) or dtype != np.uint8:
@@ -144,7 +150,7 @@ class PictureWriter:
             ValueError: rows are missing; the unfinished picture is removed.
             OSError: the disk is full; likewise.
         """
-        if not self._partial:
+        if not self._parts:
             return
         if self.rows < self.height:
             self.abort()
@@ -154,26 +160,21 @@ class PictureWriter:
             if self._preview:
                 small = self._preview.picture
                 file = self._open(self.path.with_name(f"{self.path.stem}.preview.png"))
-                encoder = _Png(file, small.shape[1], small.shape[0], self._text)
+                encoder = Png(file, small.shape[1], small.shape[0], self._text)
                 encoder.write(small)
                 encoder.finish()
-            for file in self._partial.values():
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
+            for part in self._parts:
+                part.flush()
             # The preview comes first: when the picture is there, everything is.
-            for final in reversed(self._partial):
-                os.replace(_temporary(final), final)
-        self._partial.clear()
+            for part in reversed(self._parts):
+                part.publish()
+        self._parts.clear()
 
     def abort(self) -> None:
         """Remove what was written; whatever stood at `path` before stays as it was."""
-        for final, file in self._partial.items():
-            # What a full disk did not take is still buffered, and closing fails over it again.
-            with contextlib.suppress(OSError):
-                file.close()
-            _temporary(final).unlink(missing_ok=True)
-        self._partial.clear()
+        for part in self._parts:
+            part.discard()
+        self._parts.clear()
 
     def __enter__(self) -> PictureWriter:
         return self
@@ -191,8 +192,7 @@ class PictureWriter:
 
     def _open(self, final: Path) -> IO[bytes]:
         try:
-            # w+: tifffile reads where it writes
-            file = open(_temporary(final), "w+b")  # noqa: SIM115 (closed by close or abort)
+            part = whole_files.Part(final)
         except OSError as error:
             if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):  # not on Windows
                 raise
@@ -200,8 +200,8 @@ class PictureWriter:
                 f"path: cannot write in {final.parent} ({error.strerror}); "
                 "accepted: a file in a writable folder"
             ) from error
-        self._partial[final] = file
-        return file
+        self._parts.append(part)
+        return part.file
 
     @contextlib.contextmanager
     def _guard(self) -> Any:
@@ -244,23 +244,8 @@ def _target(path: str | os.PathLike[str], width: int, height: int) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise ValueError(f"path: cannot write in {path.parent}; accepted: a writable folder")
     if suffix in (".tif", ".tiff"):
-        _tifffile()
+        tifffile_module()
     return path
-
-
-def _temporary(final: Path) -> Path:
-    # One name a picture, so that what a killed run left is overwritten by the next.
-    return final.with_name(f".{final.name}.part")
-
-
-def _tifffile() -> ModuleType:
-    try:
-        import tifffile
-    except ImportError as error:
-        raise ImportError(
-            'writing a TIFF needs tifffile: pip install "linfusion[highres]"'
-        ) from error
-    return tifffile
 
 
 def _as_json(parameters: dict[str, Any]) -> str:
@@ -272,12 +257,6 @@ def _as_json(parameters: dict[str, Any]) -> str:
         return json.dumps(parameters, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"parameters: {error}; {accepted}") from error
-
-
-def _exif(text: str) -> bytes:
-    exif = Image.Exif()
-    exif[ExifTags.Base.ImageDescription] = text
-    return exif.tobytes()
 
 
 def _most_bytes(path: Path, width: int, height: int) -> int:
@@ -297,152 +276,3 @@ def _png_bytes(width: int, height: int) -> int:
     """Size of a PNG of noise: blocks that deflate cannot shrink are stored, 5 bytes in 16 KiB."""
     raw = (3 * width + 1) * height
     return raw + raw // 1000 + 1024
-
-
-class _Encoder(Protocol):
-    def write(self, band: np.ndarray) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class _Png:
-    """PNG rows as they come: filter "average" on every row, deflate with run lengths only.
-
-    Matching strings costs three times the time and makes the files of smooth pictures larger;
-    "average" leaves 10 % less than "sub" or "up", and as little as "paeth" at a tenth of the time.
-    """
-
-    def __init__(self, file: IO[bytes], width: int, height: int, text: str) -> None:
-        self.file = file
-        self.above = np.zeros(3 * width, np.uint8)  # unfiltered row above the next one
-        self.deflate = zlib.compressobj(1, zlib.DEFLATED, 15, 8, zlib.Z_RLE)
-        file.write(b"\x89PNG\r\n\x1a\n")
-        self._chunk(b"IHDR", struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0))  # 8-bit RGB
-        self._chunk(b"tEXt", b"parameters\0" + text.encode("ascii"))
-
-    def write(self, band: np.ndarray) -> None:
-        step = max(1, SLICE // self.above.size)
-        for top in range(0, len(band), step):
-            rows = band[top : top + step].reshape(-1, self.above.size)
-            left = np.zeros_like(rows)
-            left[:, 3:] = rows[:, :-3]
-            above = np.concatenate([self.above[None], rows[:-1]])
-            self.above = rows[-1].copy()  # a view would keep the whole band
-            filtered = np.empty((len(rows), 1 + self.above.size), np.uint8)
-            filtered[:, 0] = 3  # average
-            # (left + above) // 2 without the ninth bit, and bytes subtract modulo 256 as they must
-            np.subtract(rows, (left & above) + ((left ^ above) >> 1), out=filtered[:, 1:])
-            if packed := self.deflate.compress(filtered.data):
-                self._chunk(b"IDAT", packed)
-
-    def finish(self) -> None:
-        self._chunk(b"IDAT", self.deflate.flush())
-        self._chunk(b"IEND", b"")
-
-    def _chunk(self, name: bytes, data: bytes) -> None:
-        self.file.write(struct.pack(">I", len(data)) + name)
-        self.file.write(data)
-        self.file.write(struct.pack(">I", zlib.crc32(data, zlib.crc32(name))))
-
-
-class _Jpeg:
-    """The whole picture in memory until the end, as Pillow wants it."""
-
-    def __init__(self, file: IO[bytes], width: int, height: int, text: str, quality: int) -> None:
-        self.file, self.text, self.quality, self.row = file, text, quality, 0
-        self.picture = Image.new("RGB", (width, height))
-
-    def write(self, band: np.ndarray) -> None:
-        step = max(1, SLICE // (3 * band.shape[1]))
-        for top in range(0, len(band), step):
-            self.picture.paste(Image.fromarray(band[top : top + step]), (0, self.row + top))
-        self.row += len(band)
-
-    def finish(self) -> None:
-        self.picture.save(
-            self.file, "JPEG", quality=self.quality, subsampling=0, exif=_exif(self.text)
-        )
-
-
-class _Tiff:
-    """One page of uncompressed tiles.
-
-    tifffile asks for tiles where a writer is handed them, so it lays out a file of zeros, which
-    also claims the room on the disk before any picture is computed; the tiles then replace them.
-    """
-
-    def __init__(self, file: IO[bytes], width: int, height: int, text: str) -> None:
-        self.file, self.left = file, height
-        across, down = -(-width // TILE), -(-height // TILE)
-        with _tifffile().TiffWriter(file, bigtiff=True) as tiff:
-            tiff.write(
-                itertools.repeat(np.zeros((TILE, TILE, 3), np.uint8), across * down),
-                shape=(height, width, 3),
-                dtype=np.uint8,
-                photometric="rgb",
-                tile=(TILE, TILE),
-                description=text,
-                metadata=None,
-                software="linfusion",
-            )
-        file.seek(0)
-        with _tifffile().TiffFile(file) as tiff:
-            offset = tiff.pages[0].dataoffsets[0]  # the others follow without gaps
-        file.seek(offset)
-        self.tiles = np.zeros((TILE, across, TILE, 3), np.uint8)
-        self.rows = self.tiles.reshape(TILE, across * TILE, 3)[:, :width]  # the same memory
-        self.filled = 0
-
-    def write(self, band: np.ndarray) -> None:
-        while len(band):
-            taken = min(len(band), TILE - self.filled)
-            self.rows[self.filled : self.filled + taken] = band[:taken]
-            self.filled, self.left, band = self.filled + taken, self.left - taken, band[taken:]
-            if self.filled == TILE or self.left == 0:
-                self.tiles[self.filled :] = 0  # rows below the picture
-                for x in range(self.tiles.shape[1]):
-                    self.file.write(self.tiles[:, x].tobytes())
-                self.filled = 0
-
-    def finish(self) -> None:
-        self.file.flush()
-
-
-class Preview:
-    """Exact box averages of a picture that comes by in bands: each pixel the mean of its area.
-
-    Row y covers [y·h, (y+1)·h) and row i of the preview [i·H, (i+1)·H) on a common scale, so every
-    overlap is a whole number; sums are exact in int64 and do not depend on how bands are cut.
-    """
-
-    def __init__(self, width: int, height: int, side: int) -> None:
-        scale = min(1.0, side / max(width, height))
-        self.size = max(1, round(height * scale)), max(1, round(width * scale))
-        self.width, self.height, self.y = width, height, 0
-        self.sum = np.zeros((width, 3), np.int64)  # of the preview row under way
-        self.picture = np.zeros((*self.size, 3), np.uint8)
-        self.done = 0  # its rows that are finished
-
-    def write(self, band: np.ndarray) -> None:
-        """Take the next rows, uint8 [rows, width, 3]."""
-        for row in band:
-            start, stop = self.y * self.size[0], (self.y + 1) * self.size[0]
-            edge = (self.done + 1) * self.height
-            if stop < edge:
-                self.sum += np.multiply(row, stop - start, dtype=np.int64)
-            else:  # at most one edge falls in a row: a preview is never the larger
-                self.sum += np.multiply(row, edge - start, dtype=np.int64)
-                self.picture[self.done] = self._across()
-                self.done += 1
-                self.sum = np.multiply(row, stop - edge, dtype=np.int64)
-            self.y += 1
-
-    def _across(self) -> np.ndarray:
-        """The row under way averaged from `width` columns to those of the preview."""
-        until = np.zeros((self.width + 1, 3), np.int64)
-        np.cumsum(self.sum, axis=0, out=until[1:])
-        column, part = np.divmod(np.arange(self.size[1] + 1) * self.width, self.size[1])
-        inside = self.sum[np.minimum(column, self.width - 1)] * part[:, None]
-        total = np.diff(until[column] * self.size[1] + inside, axis=0)
-        area = self.width * self.height
-        return ((total + area // 2) // area).astype(np.uint8)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from linfusion.files import whole_files
 from linfusion.files.picture_writer import writer
 
 CODEC = "libx264"
@@ -66,17 +67,8 @@ def open_video(
             before anything is written.
         ImportError: an MP4 without PyAV (extra `video`).
     """
-    path = Path(path)
+    (path, rate), (width, height) = check_video(path, fps, codec), _size(size)
     suffix = path.suffix.lower()
-    if suffix not in _FASTEST:
-        accepted = ", ".join(filter(None, _FASTEST))
-        raise ValueError(
-            f"path: suffix {suffix!r} of {path}; accepted: {accepted}, or none for a folder"
-        )
-    rate, (width, height) = _rate(fps, suffix), _size(size)
-    if codec is not None and suffix != ".mp4":
-        raise ValueError(f"codec: {codec!r} for {path}; accepted: only an .mp4 has a choice")
-    _check_place(path, folder=not suffix)
     encoder: _Encoder
     match suffix:
         case ".mp4":
@@ -86,6 +78,26 @@ def open_video(
         case _:
             encoder = _Animation(path, rate)
     return VideoWriter(path, width, height, encoder)
+
+
+def check_video(
+    path: str | os.PathLike[str], fps: float | Fraction, codec: str | None = None
+) -> tuple[Path, Fraction]:
+    """The path and the rate of a video that `open_video` would write; it refuses what that does."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _FASTEST:
+        accepted = ", ".join(filter(None, _FASTEST))
+        raise ValueError(
+            f"path: suffix {suffix!r} of {path}; accepted: {accepted}, or none for a folder"
+        )
+    rate = _rate(fps, suffix)
+    if codec is not None and suffix != ".mp4":
+        raise ValueError(f"codec: {codec!r} for {path}; accepted: only an .mp4 has a choice")
+    _check_place(path, folder=not suffix)
+    if suffix == ".mp4":
+        _check_codec(pyav(), codec or CODEC)
+    return path, rate
 
 
 class VideoWriter:
@@ -181,9 +193,7 @@ def _check_place(path: Path, folder: bool) -> None:
         raise ValueError(f"path: {path} is a folder; accepted: a file name")
     home = path if folder and path.is_dir() else path.parent
     try:
-        probe = home / f".{path.name}.part"
-        probe.touch()  # access() says yes to root everywhere
-        probe.unlink()
+        whole_files.Part(home / path.name).discard()  # access() says yes to root everywhere
     except OSError as error:
         raise ValueError(
             f"path: cannot write in {home} ({error.strerror}); accepted: a writable folder"
@@ -203,7 +213,6 @@ class _Mp4:
 
     def __init__(self, path: Path, rate: Fraction, width: int, height: int, codec: str) -> None:
         self.av = pyav()
-        _check_codec(self.av, codec)
         self.odd = (height % 2, width % 2)
         if any(self.odd):
             warnings.warn(
@@ -214,6 +223,7 @@ class _Mp4:
                 stacklevel=3,
             )
         self.path, self.index, self.rate = path, 0, rate
+        self.lock = whole_files.Lock(path, "path")  # it grows in place
         second = max(1, round(rate))
         self.file = self.av.open(
             str(path),
@@ -246,10 +256,12 @@ class _Mp4:
             self.file.mux(self.stream.encode(None))
         finally:
             self.file.close()
+            self.lock.release()
 
     def abort(self, empty: bool) -> None:
         if empty:
             self.file.close()  # FFmpeg makes the file with the first frame
+            self.lock.release()
         else:
             self.finish()
 
@@ -258,6 +270,7 @@ class _Frames:
     def __init__(self, path: Path, width: int, height: int) -> None:
         self.path, self.width, self.height, self.index = path, width, height, 0
         path.mkdir(exist_ok=True)
+        self.lock = whole_files.Lock(path, "path")
 
     def write(self, frame: np.ndarray) -> None:
         name = self.path / f"{self.index:06d}.png"
@@ -266,9 +279,10 @@ class _Frames:
         self.index += 1
 
     def finish(self) -> None:
-        pass
+        self.lock.release()
 
     def abort(self, empty: bool) -> None:
+        self.lock.release()
         if empty:
             self.path.rmdir()
 
@@ -290,25 +304,18 @@ class _Animation:
         ends = [round(i * 1000 / self.rate / tick) * tick for i in range(len(self.pictures) + 1)]
         durations = [b - a for a, b in itertools.pairwise(ends)]
         options: dict[str, Any] = {"quality": 90} if kind == "webp" else {"optimize": False}
-        partial = self.path.with_name(f".{self.path.name}.part")
         first, *others = self.pictures
-        try:
-            with open(partial, "wb") as file:
-                first.save(
-                    file,
-                    format=kind,
-                    save_all=True,
-                    append_images=others,
-                    duration=durations,
-                    loop=0,
-                    **options,
-                )
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        whole_files.remove_leftovers(self.path.parent, self.path.name)
+        with whole_files.writing(self.path) as file:
+            first.save(
+                file,
+                format=kind,
+                save_all=True,
+                append_images=others,
+                duration=durations,
+                loop=0,
+                **options,
+            )
 
     def abort(self, empty: bool) -> None:
         self.pictures.clear()
@@ -318,7 +325,9 @@ def pyav() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ImportError('writing an MP4 needs PyAV: pip install "linfusion[video]"') from error
+        raise ImportError(
+            'videos are read and written with PyAV: pip install "linfusion[video]"'
+        ) from error
     return av
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from linfusion.attention import get_method
+from linfusion.attention import get_method, names
 from linfusion.attention.grids import video as volumes
+from linfusion.attention.mate.layer import MATE
 
 # Names that diffusers' pipelines give to what denoises; Wan 2.2 has two, for high and low noise.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -63,6 +64,32 @@ def candidates(model: nn.Module, method: str) -> dict[str, Any]:
         ValueError: the model has none.
     """
     return get_method(method).layers(model)
+
+
+def refuse_linear_already(model: nn.Module) -> None:
+    """Refuse a model that was built of linear layers.
+
+    Raises:
+        ValueError: it was.
+    """
+    layers = sum(isinstance(module, MATE) for module in model.modules())
+    if layers:
+        raise ValueError(
+            f"model_or_pipe: {type(model).__name__} is linear already: its {layers} layers are MATE"
+            " (Mamba-2 and windows), so there is nothing to make linear or to restore"
+        )
+
+
+def serving(model: nn.Module) -> list[str]:
+    """Names of the methods that take layers of this model."""
+    found = []
+    for name in names():
+        try:
+            candidates(model, name)
+        except ValueError:
+            continue
+        found.append(name)
+    return found
 
 
 def select(
@@ -125,12 +152,41 @@ def tokens_at(model: nn.Module, path: str, size: tuple[int, ...]) -> int:
     )
 
 
+def latent_size(model_or_pipe: Any, size: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """Of what the model is called with: height and width, before them the frames of a video."""
+    sides = (size, size) if isinstance(size, int) else tuple(size or ())
+    if volumes.kind_of(model_of(model_or_pipe)) is not None:
+        if len(sides) != 3 or not all(isinstance(n, int) and n > 0 for n in sides):
+            raise ValueError(
+                f'size: got {size!r}; layers="auto" needs frames, and height and width in pixels'
+            )
+        scale = getattr(model_or_pipe, "vae_scale_factor_spatial", 8)
+        step = getattr(model_or_pipe, "vae_scale_factor_temporal", 4)
+        return -(-(sides[0] - 1) // step) + 1, -(-sides[1] // scale), -(-sides[2] // scale)
+    if len(sides) != 2 or not all(isinstance(n, int) and n > 0 for n in sides):
+        raise ValueError(
+            f'size: got {size!r}; layers="auto" needs height and width in pixels, or one number'
+        )
+    scale = getattr(model_or_pipe, "vae_scale_factor", 8)
+    return -(-sides[0] // scale), -(-sides[1] // scale)
+
+
 def compute_dtype(model: nn.Module) -> torch.dtype:
-    """What the model computes in; under layerwise casting that is not what it stores."""
-    dtype = getattr(model, "dtype", None)
-    if dtype is None:
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return dtype
+    """What the model computes in; under layerwise casting that is not what it stores.
+
+    That of most of its numbers: single modules may be kept in float32, and what a host says of them
+    (a bare string where a list is meant) misleads its own `dtype`.
+    """
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hook = None if registry is None else registry.get_hook("layerwise_casting")
+        if hook is not None:
+            return hook.compute_dtype
+    count: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.element_size() > 1:
+            count[parameter.dtype] = count.get(parameter.dtype, 0) + parameter.numel()
+    return max(count, key=count.__getitem__, default=torch.float32)
 
 
 def shorten(names: Sequence[str], shown: int = 3) -> str:

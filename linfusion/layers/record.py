@@ -13,15 +13,24 @@ MARKER = "_linfusion"  # key of the model's config; diffusers keeps keys that be
 
 @dataclass
 class TakenLayer:
-    """What `restore` gives back: the processor, and the base weights a checkpoint replaced."""
+    """A layer, and what `restore` gives it back.
 
+    Attributes:
+        layer: the layer itself, as others may move it to another path of the model.
+        processor: that it had.
+        base_weights: that a checkpoint replaced, on the CPU.
+        put_in: `checksum` of what replaced them, to see whether it was changed since.
+    """
+
+    layer: Any
     processor: Any
     base_weights: dict[str, Tensor] = field(default_factory=dict)
+    put_in: dict[str, tuple[Any, int]] = field(default_factory=dict)
 
 
 @dataclass
 class Record:
-    """Hangs on a linearized model; it names layers by path, so that it survives a deepcopy."""
+    """Hangs on a linearized model, and is copied with it; layers by the path they had."""
 
     method: str
     layers: dict[str, TakenLayer]
@@ -32,6 +41,26 @@ class Record:
 
 def record_of(model: nn.Module) -> Record | None:
     return model.__dict__.get(RECORD)
+
+
+def layer_at(model: nn.Module, path: str) -> Any:
+    """The layer that was at a path when it was taken over, wherever it is now, or is there."""
+    record = record_of(model)
+    if record is not None and path in record.layers:
+        return record.layers[path].layer
+    return model.get_submodule(path)
+
+
+def marker_of(model: nn.Module) -> Any:
+    """What the config of a model says of its student, or None."""
+    config: Any = model.__dict__.get("_internal_dict")
+    return config.get(MARKER) if hasattr(config, "get") else None
+
+
+def source_of(model: nn.Module) -> str | None:
+    """The folder or hub name that diffusers loaded a model from, if it did."""
+    config: Any = model.__dict__.get("_internal_dict")
+    return config.get("_name_or_path") or None if hasattr(config, "get") else None
 
 
 def mark(model: nn.Module, value: dict[str, Any] | None) -> None:

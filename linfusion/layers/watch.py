@@ -9,35 +9,60 @@ import torch
 from torch import nn
 
 from linfusion.attention import get_method
+from linfusion.attention.linfusion.processor import STALE
 from linfusion.layers.record import Record, record_of, set_processor
+
+_ADAPTED = "_hf_peft_config_loaded"  # diffusers sets it on a model that has or had a LoRA
+
+
+def displaced(record: Record) -> dict[str, str]:
+    """Layers whose processor is no longer ours, and the class it is of."""
+    ours = get_method(record.method).processor
+    processors = {path: taken.layer.processor for path, taken in record.layers.items()}
+    return {p: type(x).__name__ for p, x in processors.items() if not isinstance(x, ours)}
 
 
 def put_back(model: nn.Module, record: Record) -> int:
     """Set our processors where something else has taken over; how many."""
-    mechanism = get_method(record.method)
-    lost = displaced(model, record)
-    processor_for = mechanism.processors(model)
+    lost = displaced(record)
+    processor_for = get_method(record.method).processors(model)
     for path in lost:
-        attn: Any = model.get_submodule(path)
+        attn = record.layers[path].layer
         set_processor(attn, processor_for(attn))
     record.warned.discard("displaced")
     return len(lost)
 
 
-def displaced(model: nn.Module, record: Record) -> dict[str, str]:
-    """Layers whose processor is no longer ours, and the class it is of."""
-    ours = get_method(record.method).processor
-    processors = {path: model.get_submodule(path).processor for path in record.layers}
-    return {p: type(x).__name__ for p, x in processors.items() if not isinstance(x, ours)}
+def forget_adapters(model: nn.Module) -> None:
+    """So that `look` sees whether an adapter comes and goes from here on."""
+    if not getattr(model, _ADAPTED, False):
+        model.__dict__.pop(_ADAPTED, None)
+
+
+def _refuse_stale(model: nn.Module, record: Record) -> None:
+    """Refuse a fused model into whose weights a LoRA was merged: that counts no version up."""
+    mechanism = get_method(record.method)
+    if mechanism.fused_name is None or _ADAPTED not in model.__dict__:
+        return
+    for taken in record.layers.values():
+        fused = taken.layer._modules.get(mechanism.fused_name)
+        if fused is not None and fused.is_stale(taken.layer, look=True):
+            raise ValueError(STALE)
+    forget_adapters(model)
 
 
 def look(model: nn.Module, args: Any) -> None:
-    """Before a forward: say, once each, that we were displaced or that nothing was learned."""
+    """Before a forward: say, once each, that we were displaced or that nothing was learned.
+
+    Raises:
+        ValueError: it is fused, and the weights that was made of have changed.
+    """
     record = record_of(model)
     if record is None or torch.compiler.is_compiling():
         return
+    _refuse_stale(model, record)
     if "displaced" not in record.warned:
-        lost = displaced(model, record)
+        lost = displaced(record)
         if lost:
             record.warned.add("displaced")
             kinds = ", ".join(sorted(set(lost.values())))
@@ -59,8 +84,7 @@ def look(model: nn.Module, args: Any) -> None:
     if record.fresh and "fresh" not in record.warned and not torch.is_grad_enabled():
         record.warned.add("fresh")
         mechanism = get_method(record.method)
-        learned = [model.get_submodule(f"{path}.{mechanism.name}") for path in record.layers]
-        if all(mechanism.is_fresh(child) for child in learned):
+        if is_fresh(record):
             warnings.warn(
                 f"{type(model).__name__} is linearized without weights: pictures will be wrong"
                 " until those of a distilled student are loaded (restore, then"
@@ -68,3 +92,10 @@ def look(model: nn.Module, args: Any) -> None:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def is_fresh(record: Record) -> bool:
+    """Whether nothing was loaded, nor trained since."""
+    mechanism = get_method(record.method)
+    children = [taken.layer.get_submodule(mechanism.name) for taken in record.layers.values()]
+    return record.fresh and all(mechanism.is_fresh(child) for child in children)

@@ -24,7 +24,7 @@ from linfusion.attention.mate.scan_orders import ORDERS
 from linfusion.models.lingen_block import LinGenBlock, modulated
 from linfusion.models.positions import Positions
 from linfusion.models.softmax import SoftmaxAttention
-from linfusion.models.stream import StreamState, split_blocks
+from linfusion.models.stream import StreamState, owned, split_blocks
 
 
 class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
@@ -231,12 +231,14 @@ class LinGenTransformer3DModel(ModelMixin, ConfigMixin):
 
         after: list[LayerState] = []
         for i, block in enumerate(self.transformer_blocks):
-            args = (x, positions, modulation, text, mask, grid, blocks, past[i] if past else None)
+            before = past[i] if past else None
+            args = (x, positions, modulation, text, mask, grid, blocks, before, commit)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x, layer = self._gradient_checkpointing_func(block, *args)
             else:
                 x, layer = block(*args)
-            after.append(layer)
+            if commit:
+                after.append(owned(layer))  # now, while what it is a view of is still needed
         if commit:
             assert state is not None
             state.commit(after if shard is None else [shard.join_state(layer) for layer in after])

@@ -52,16 +52,19 @@ class LinGenBlock(nn.Module):
         grid: tuple[int, int, int],
         blocks: tuple[int, ...] | None,
         past: LayerState | None,
+        keep: bool = False,
     ) -> tuple[Tensor, LayerState | None]:
-        """x [B, N, C], positions [1, N, C], modulation [B, F, 6, C] -> x and the state, if any."""
+        """x [B, N, C], positions [1, N, C], modulation [B, F, 6, C] -> x, the state if `keep`."""
         table = self.scale_shift_table + modulation
         shift, scale, gate, shift_ff, scale_ff, gate_ff = table.unbind(2)
         h = modulated(self.norm1(x + positions), shift, scale)
         after = None
         if blocks is None:
             h = self.mate(h, grid)
-        else:
+        elif keep:
             h, after = self.mate(h, grid, blocks=blocks, past=past, return_state=True)
+        else:
+            h = self.mate(h, grid, blocks=blocks, past=past)
         x = x + _scaled(h, gate)
         frames, tokens = grid[0], grid[1] * grid[2]
         step = max(1, RUN // (len(x) * tokens))

@@ -57,7 +57,7 @@ class StreamState:
     def commit(self, layers: Sequence[LayerState]) -> None:
         """Take over the states after a block, all or none.
 
-        They are copied, so that no block stays alive behind a view. Gradients, where they are on,
+        Views are copied, so that no block stays alive behind one. Gradients, where they are on,
         go through.
 
         Raises:
@@ -67,11 +67,7 @@ class StreamState:
         self._check_writable()
         if self._layers and len(layers) != len(self._layers):
             raise ValueError(f"layers: got {len(layers)}, expected {len(self._layers)}")
-
-        def copied(name: str, t: Tensor) -> Tensor:
-            return t.clone(memory_format=torch.contiguous_format)
-
-        self._layers = tuple(_changed(layer, copied) for layer in layers)
+        self._layers = tuple(owned(layer) for layer in layers)
 
     @contextmanager
     def frozen(self) -> Iterator[StreamState]:
@@ -149,6 +145,16 @@ class StreamState:
 
 def _tensors(layer: LayerState) -> dict[str, Tensor]:
     return {name: t for name in _TENSORS if (t := getattr(layer, name)) is not None}
+
+
+def owned(layer: LayerState) -> LayerState:
+    """A state that keeps alive no more than its own numbers; where it is none yet, copied."""
+
+    def copied(name: str, t: Tensor) -> Tensor:
+        alone = t.is_contiguous() and t.untyped_storage().nbytes() == t.nbytes
+        return t if alone else t.clone(memory_format=torch.contiguous_format)
+
+    return _changed(layer, copied)
 
 
 def _changed(layer: LayerState, change: Callable[[str, Tensor], Tensor]) -> LayerState:

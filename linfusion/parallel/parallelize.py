@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from linfusion.attention.grids.local import SHARED
 from linfusion.layers.record import record_of
-from linfusion.parallel import pictures, transformers
+from linfusion.parallel import pictures
 from linfusion.parallel.agree import agree, check_inputs
-from linfusion.parallel.hosts import own_shard
 from linfusion.parallel.mesh import Mesh, mesh_of, together
 from linfusion.parallel.shard import Shard
+from linfusion.parallel.transformers.hosts import own_shard
+from linfusion.parallel.transformers.share import check_transformer, share_transformer
 
 # Whether a pipeline's call, whose arguments were compared, is what calls a model.
 _AGREED: ContextVar[bool] = ContextVar("agreed", default=False)
@@ -144,7 +145,7 @@ def _check(model: Any) -> None:
         if record_of(model) is None and "ControlNet" not in kind:
             raise ValueError(_ORDER.format(kind))
         return
-    transformers.check(model, _ORDER.format(kind))
+    check_transformer(model, _ORDER.format(kind))
 
 
 _ORDER = (
@@ -161,7 +162,7 @@ def _share(model: Any, mesh: Mesh, done: contextlib.ExitStack) -> None:
     if pictures.is_picture_model(model):
         done.callback(pictures.share_model(model, mesh, around))
     else:
-        done.callback(transformers.share_model(model, mesh, around))
+        done.callback(share_transformer(model, mesh, around))
 
 
 def _around(

@@ -60,6 +60,11 @@ def share_model(model: Any, mesh: Mesh, around: Callable[..., Any]) -> Callable[
                 f"sample: got {tuple(sample.shape)}; the rows that are shared are those of"
                 " [B, C, H, W]"
             )
+        if any(getattr(part, "b1", None) is not None for part in model.modules()):
+            raise ValueError(
+                f"{type(model).__name__}: FreeU is on, which needs whole feature maps; call"
+                " disable_freeu()"
+            )
         share = Share(mesh.sp, cut_rows(sample.shape[2], mesh.sp.world, unit))
         with parts_uncompiled(model), fused_on_whole_tokens(model):
             return on_rows(forward, inputs, _PICTURES, share)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from linfusion.attention.mamba2.causal import Mamba2State, decay
 from linfusion.kernels import ssd_scan
+from linfusion.kernels.library import without_autocast
 from linfusion.kernels.ssd.arguments import steps_of
 from linfusion.parallel.ranks import Ranks, Run
 
@@ -187,7 +188,8 @@ class _Scan:
         """y had the scan begun with `state` [B, 2·heads, P·N]."""
         groups = self.C.shape[2]
         wide = state.view_as(self.final).unflatten(1, (groups, -1))
-        read = torch.einsum("blgn,bgrpn->blgrp", self.C.to(wide.dtype), wide).flatten(2, 3)
+        with without_autocast(state.device):  # as the scan itself
+            read = torch.einsum("blgn,bgrpn->blgrp", self.C.to(wide.dtype), wide).flatten(2, 3)
         return (self.y + read * self.log.exp()[..., None]).to(self.y.dtype)
 
 

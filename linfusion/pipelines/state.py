@@ -5,27 +5,25 @@
     start-01.safetensors    the latents that a stage starts from
     step.safetensors        after the last step: latents, generator, what the scheduler remembers
 
-Every file is written under another name, flushed to the disk and renamed. A run that goes on calls
-the pipeline again with a denoiser that does nothing for the steps that are done (`Replay`), and
-then puts back what the last of them left.
+Every file is sealed (`linfusion.files.whole_files`), and a folder has one run at a time. A run that
+goes on calls the pipeline again with a denoiser that does nothing for the steps that are done
+(`Replay`), and then puts back what the last of them left.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-_VERSION = 1
+from linfusion.files import whole_files
+
+_VERSION = 2
 
 
 @dataclass
@@ -50,6 +48,8 @@ class Step:
 class State:
     """The folder of a run; without one, nothing is kept and nothing found.
 
+    Use it as a context manager, or `close` it: until then no other run gets into the folder.
+
     Args:
         folder: made where it is missing; None keeps nothing.
         parameters: everything that decides the picture, as JSON values.
@@ -57,7 +57,8 @@ class State:
 
     Raises:
         ValueError: the folder holds a run and `resume` is not set, or a run with other parameters
-            (all that differ are named), or it cannot be written.
+            (all that differ are named), or a damaged one, or it cannot be written, or another run
+            is in it.
     """
 
     def __init__(
@@ -69,20 +70,41 @@ class State:
                 raise ValueError("resume: got True without state, the folder of the run to resume")
             return
         parameters = {"version": _VERSION, **json.loads(json.dumps(parameters))}
-        file = self.folder / "parameters.json"
-        if file.is_file():
-            if not resume:
-                raise ValueError(
-                    f"state: {self.folder} holds a run; pass resume=True to go on with it, or"
-                    " another folder"
-                )
-            _refuse_other(self.folder, json.loads(file.read_text("utf-8")), parameters)
-            return
+        whole_files.writable_folder("state", self.folder)
+        self._lock = whole_files.Lock(self.folder, "state")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(file, json.dumps(parameters, indent=2).encode())
-        except OSError as error:
-            raise ValueError(f"state: cannot write to {self.folder} ({error.strerror})") from error
+            self._open(parameters, resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, parameters: dict[str, Any], resume: bool) -> None:
+        assert self.folder is not None
+        whole_files.remove_leftovers(self.folder)
+        file = self.folder / "parameters.json"
+        if not file.is_file():
+            try:
+                whole_files.write_json(file, parameters)
+            except OSError as error:
+                raise ValueError(f"state: {error.strerror}") from error
+        elif not resume:
+            raise ValueError(
+                f"state: {self.folder} holds a run; pass resume=True to go on with it, or"
+                " another folder"
+            )
+        else:
+            _refuse_other(self.folder, parameters_of(self.folder), parameters)
+
+    def close(self) -> None:
+        """Let other runs into the folder. Twice does nothing more."""
+        if self.folder is not None:
+            self._lock.release()
+
+    def __enter__(self) -> State:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def finished(self, stage: int) -> tuple[Tensor, Tensor] | None:
         """Latents of a stage and the generator's state behind it, if it was finished."""
@@ -133,23 +155,27 @@ class State:
         """Keep tensors, and what JSON holds about them, under a name."""
         if self.folder is None:
             return
-        # Clones: safetensors refuses tensors that share memory, as schedulers' do.
-        plain = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-        data = safetensors.torch.save(plain, {"about": json.dumps(about)})
-        _write(self.folder / f"{name}.safetensors", data)
+        file = self.folder / f"{name}.safetensors"
+        try:
+            whole_files.save_tensors(file, tensors, {"about": json.dumps(about)})
+        except OSError as error:
+            raise OSError(
+                error.errno, f"state: {error.strerror}, and resume=True goes on from it"
+            ) from error
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What is kept under a name, if anything is."""
+        """What is kept under a name, if anything is.
+
+        Raises:
+            ValueError: it is not as it was written.
+        """
         if self.folder is None or not (file := self.folder / f"{name}.safetensors").is_file():
             return None
         try:
-            with safetensors.safe_open(file, "pt") as opened:
-                # Clones: sums differ in the last bit where memory is not aligned, as in a file.
-                names = opened.keys()
-                tensors = {name: opened.get_tensor(name).clone() for name in names}
-                return tensors, json.loads(opened.metadata()["about"])
-        except (safetensors.SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(f"state: {file} is not a file of a run ({error})") from error
+            tensors, metadata = whole_files.load_tensors(file)
+        except ValueError as error:
+            raise ValueError(f"state: {error}") from error
+        return tensors, json.loads(metadata["about"])
 
 
 class Replay:
@@ -234,10 +260,21 @@ def unpack(
 
 def seed_of(folder: str | Path | None) -> int | None:
     """The seed of the run in a folder, if there is one."""
-    file = None if folder is None else Path(folder) / "parameters.json"
-    if file is None or not file.is_file():
-        return None
-    return json.loads(file.read_text("utf-8")).get("seed")
+    seed: int | None = None if folder is None else parameters_of(folder).get("seed")
+    return seed
+
+
+def parameters_of(folder: str | Path) -> dict[str, Any]:
+    """What decides the run in a folder; nothing where there is none.
+
+    Raises:
+        ValueError: its file is not as it was written.
+    """
+    file = Path(folder) / "parameters.json"
+    try:
+        return whole_files.read_json(file) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"state: {error}") from error
 
 
 # Not closures: such refer to themselves, and keep what they saw until garbage is collected.
@@ -288,27 +325,3 @@ def _refuse_other(folder: Path, there: dict[str, Any], wanted: dict[str, Any]) -
 def _brief(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _write(path: Path, data: bytes) -> None:
-    """The whole file or none of it."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"state: no {len(data):,} bytes could be written to {path} ({error.strerror}); what was"
-            " there is intact, and resume=True goes on from it",
-        ) from error

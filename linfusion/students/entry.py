@@ -51,11 +51,22 @@ class Entry:
         elif isinstance(item, Sequence) and not isinstance(item, str) and len(item) == 3:
             path, dim, heads = item
             entry = cls(path, dim, heads, None, dim, False)
-        if entry and isinstance(entry.path, str) and {type(entry.dim), type(entry.heads)} == {int}:
+        if entry and entry.is_plausible:
             return entry
         raise ValueError(
             "modules_list: expected objects with module_name, dim_n and heads, or lists"
             f" [name, dim, heads]; got {item!r}"
+        )
+
+    @property
+    def is_plausible(self) -> bool:
+        """Whether it says of a layer what can be."""
+        named = isinstance(self.path, str) and all(self.path.split("."))
+        counts = (self.dim, self.heads, self.inner_dim)
+        return (
+            named
+            and all(type(n) is int and n > 0 for n in counts)
+            and {type(self.bias), type(self.out)} == {bool}
         )
 
     @classmethod

@@ -14,34 +14,38 @@ from linfusion.attention import get_method, names
 from linfusion.attention.linfusion.feature_map import NAME
 from linfusion.attention.method import channels_of, heads_of
 from linfusion.layers.difference import Difference
-from linfusion.layers.find import compute_dtype, shorten
+from linfusion.layers.find import compute_dtype, serving, shorten
 from linfusion.layers.projections import attention_parameters, refuse_copied
+from linfusion.layers.record import marker_of, source_of
 
 if TYPE_CHECKING:
     from linfusion.students.student import LinFusion
 
 
-def method_of(weights: Any, marker: Any) -> str:
+def method_of(weights: Any, model: nn.Module) -> str:
     """The method of a student, or of what a model saved linearized came with; else "linfusion".
 
     Raises:
         ValueError: there is no such folder or repository.
     """
     if weights is None:
+        marker = marker_of(model)
         return marker["method"] if marker else NAME
-    from linfusion.students.student import LinFusion, unreadable
+    from linfusion.students.student import LinFusion, read_config
 
     if isinstance(weights, LinFusion):
         return str(weights.config["method"])
     if not isinstance(weights, str | os.PathLike):
         return NAME  # student_of refuses it
     if os.fspath(weights).endswith(".safetensors"):
-        return next(name for name in names() if get_method(name).read_file is not None)
-    try:
-        config: Any = LinFusion.load_config(weights)
-    except OSError as error:
-        raise unreadable(weights, error) from error
-    return config.get("method", NAME)
+        published = [name for name in names() if get_method(name).read_file is not None]
+        marker = marker_of(model)
+        if marker:
+            return str(marker["method"])
+        served = serving(model)
+        fitting = [] if NAME in served else [name for name in served if name in published]
+        return fitting[0] if fitting else NAME  # `read` says what there is instead
+    return str(read_config(weights).get("method", NAME))
 
 
 def weights_by_model(weights: Any, models: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,12 +75,14 @@ def weights_by_model(weights: Any, models: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def student_of(
-    model: nn.Module, found: dict[str, Any], weights: Any, marker: Any, method: str
+    model: nn.Module, found: dict[str, Any], weights: Any, method: str
 ) -> LinFusion | None:
     """The student that `weights` names, or that a model saved linearized came with, or None."""
-    if weights is None and not marker:
-        return None
-    from linfusion.students.student import LinFusion, from_saved_model
+    marker = marker_of(model)
+    if weights is None and not (marker and source_of(model)):
+        return None  # or made from the config of a linear one, without its weights
+    from linfusion.students.saved_models import from_saved_model
+    from linfusion.students.student import LinFusion
 
     if weights is None:
         if marker["attention_weights"]:
@@ -97,6 +103,8 @@ def student_of(
     if os.fspath(weights).endswith(".safetensors"):
         from linfusion.students.authors_files import read
 
+        if marker and os.path.isfile(weights):
+            return from_saved_model(model, os.fspath(weights))
         return read(weights, found, method)
     return LinFusion.from_pretrained(weights, dtype=compute_dtype(model))
 

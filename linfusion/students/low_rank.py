@@ -87,7 +87,7 @@ def save_low_rank(
             "model_or_pipe: its attention projections are the base model's own, so there is no"
             " difference to store"
         )
-    layers: dict[str, Any] = {path: model.get_submodule(path) for path in record.layers}
+    layers: dict[str, Any] = {path: taken.layer for path, taken in record.layers.items()}
     check_rank("rank", rank, layers.values())
     dtype = compute_dtype(model) if dtype is None else dtype
     state: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from linfusion.attention.linfusion.authors_names import to_numbered
 from linfusion.layers.find import model_of, models_of
 from linfusion.layers.offload import lifted
 from linfusion.layers.projections import projections
-from linfusion.layers.record import record_of
+from linfusion.layers.record import layer_at, record_of
 from linfusion.students.student import LAYOUTS, LinFusion, _stored_by_layer, modules_list
 
 
@@ -44,7 +44,7 @@ def learned(model_or_pipe: Any, *, attention_weights: bool | None = None) -> Lin
             method=record.method,
         )
     for path in record.layers:
-        attn: Any = model.get_submodule(path)
+        attn = layer_at(model, path)
         layer = side.get_submodule(path)
         layer.add_module(record.method, attn.get_submodule(record.method))
         if attention_weights:

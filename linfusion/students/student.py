@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors import safe_open
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from torch import Tensor, nn
 
 from linfusion.attention import get_method
 from linfusion.attention.linfusion.authors_names import from_numbered, numbered_layer
 from linfusion.attention.linfusion.feature_map import NAME
+from linfusion.files import whole_files
 from linfusion.layers.difference import Difference, differences
 from linfusion.layers.find import shorten
-from linfusion.layers.record import MARKER
+from linfusion.layers.record import layer_at
 from linfusion.students.entry import Entry, holder, place
 
 LAYOUTS = ("numbered", "paths")
+_OF_THE_HUB = (
+    *("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies"),
+    "subfolder",
+)
 
 
 class LinFusion(ModelMixin, ConfigMixin):
@@ -101,17 +106,23 @@ class LinFusion(ModelMixin, ConfigMixin):
             raise ValueError("use_safetensors: got False; only safetensors are read, never pickle")
         source = pretrained_model_name_or_path
         want_info = kwargs.pop("output_loading_info", False)
-        # Not low memory: that path leaves missing tensors on the meta device before saying so.
+        read_config(source, **{k: v for k, v in kwargs.items() if k in _OF_THE_HUB})
         kwargs |= {
-            "low_cpu_mem_usage": False,
+            "low_cpu_mem_usage": True,
             "ignore_mismatched_sizes": True,
             "output_loading_info": True,
             "use_safetensors": True,
         }
         try:
-            loaded: Any = super().from_pretrained(source, **kwargs)
+            # Only what is in the file gets memory: a config may claim any size.
+            with torch.device("meta"):
+                loaded: Any = super().from_pretrained(source, **kwargs)
         except OSError as error:
             raise unreadable(source, error) from error
+        except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"weights: {source} holds no student ({type(error).__name__}: {error})"
+            ) from error
         model, info = loaded
         problems = [
             f"{kind}: {shorten(sorted(names))}."
@@ -145,60 +156,19 @@ class LinFusion(ModelMixin, ConfigMixin):
         push, folder = kwargs.pop("push_to_hub", False), Path(save_directory)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary:
+            with whole_files.filling(folder) as temporary:
                 super().save_pretrained(temporary, **kwargs)
-                # config.json last: a folder with one has its tensors.
-                for file in sorted(
-                    Path(temporary).iterdir(), key=lambda f: f.name == "config.json"
-                ):
-                    os.replace(file, folder / file.name)
         except OSError as error:
             raise ValueError(f"save_directory: cannot write to {folder}: {error}") from error
         if push:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 
 
-def from_saved_model(model: nn.Module) -> LinFusion:
-    """The learned part that a linearized model wrote with its own `save_pretrained`.
-
-    Args:
-        model: loaded by diffusers, which drops tensors it does not know; its config says that it
-            was linearized and from where it came.
-
-    Raises:
-        ValueError: they are not there, or not those the config says.
-    """
-    config: Any = model.config
-    marker, source = config[MARKER], config.get("_name_or_path")
-    method = marker["method"]
-    files = sorted(Path(source).glob("*.safetensors")) if source else []
-    state: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if f".{method}." in name]  # noqa: SIM118
-            state |= {name: tensors.get_tensor(name) for name in names}
-    side = LinFusion(
-        modules_list=modules_list(model, method, marker["layers"]),
-        layout="paths",
-        attention_weights=False,
-        method=method,
-    )
-    expected = {k: tuple(t.shape) for k, t in side.state_dict().items()}
-    wrong = [k for k, shape in expected.items() if k not in state or state[k].shape != shape]
-    if wrong:
-        raise ValueError(
-            f"weights: the model was saved linearized, but {shorten(wrong)} cannot be read from"
-            f" {source}; give the student's folder as weights="
-        )
-    side.load_state_dict({k: state[k] for k in expected})
-    return side
-
-
 def modules_list(model: nn.Module, method: str, settings: Mapping[str, Any]) -> list[Any]:
     """What a config says of the layers of a model that have these settings, by path."""
     key = get_method(method).setting_key
     return [
-        Entry.of(path, model.get_submodule(path), setting).to_dict(key)
+        Entry.of(path, layer_at(model, path), setting).to_dict(key)
         for path, setting in settings.items()
     ]
 
@@ -220,8 +190,36 @@ def _stored_by_layer(side: LinFusion) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
+def read_config(source: Any, **kwargs: Any) -> Mapping[str, Any]:
+    """The config.json of a student in a folder or on the hub.
+
+    Raises:
+        ValueError: there is none, or it holds no JSON object.
+    """
+    try:
+        config: Any = LinFusion.load_config(source, **kwargs)
+    except OSError as error:
+        raise unreadable(source, error) from error
+    except TypeError:  # null, to diffusers
+        config = None
+    if not isinstance(config, Mapping):
+        raise ValueError(f"weights: config.json of {source} is no JSON object, but {config!r:.80}")
+    return config
+
+
 def unreadable(source: Any, error: OSError) -> ValueError:
     """That there is no student at a folder or hub name, and why."""
+    name = os.fspath(source)
+    there = os.path.exists(name)
+    if there and not os.path.exists(os.path.join(name, "config.json")):
+        return ValueError(f"weights: cannot read {source}: it has no config.json")
+    if not there and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        return ValueError(f"weights: cannot read {source}: there is no such folder")
+    if not there and HF_HUB_OFFLINE:
+        return ValueError(
+            f"weights: cannot read {source}: there is no such folder, and it is not in the cache of"
+            " the hub, which HF_HUB_OFFLINE keeps us from asking"
+        )
     reason = str(error).strip().split("\n")[0]
     return ValueError(
         f"weights: cannot read {source} as a folder or hub repository with config.json and"

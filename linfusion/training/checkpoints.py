@@ -1,4 +1,7 @@
-"""Checkpoints that are whole or not there, and hold only what is learned."""
+"""Checkpoints that are whole or not there, and hold only what is learned.
+
+`files.json` in each is sealed and has the SHA-256 of all others, so damage is noticed on reading.
+"""
 
 import dataclasses
 import json
@@ -12,11 +15,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from linfusion.files import whole_files
 from linfusion.training.config import TrainConfig
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_FILES = "files.json"
 
 
 def save_only_what_is_learned(
@@ -59,21 +65,42 @@ def save_only_what_is_learned(
 
 
 def save_checkpoint(config: TrainConfig, accelerator: Accelerator, step: int) -> None:
-    """Write output_dir/checkpoint-N; a folder of that name is whole whenever it is looked at."""
+    """Write output_dir/checkpoint-N; a folder of that name is whole whenever it is looked at.
+
+    Raises:
+        OSError: it could not be written; those before are as they were.
+    """
     out = Path(config.output_dir)
     final, partial = out / f"checkpoint-{step}", out / f".partial-{step}"
-    accelerator.save_state(str(partial))
+    if accelerator.is_main_process:
+        _remove(partial)
+        partial.mkdir()
     accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    (partial / "train_config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
-    for file in partial.iterdir():  # rename must not reach the disk before what it names
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    _discard(final)
-    os.replace(partial, final)
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return
+        whole_files.write_json(partial / "train_config.json", dataclasses.asdict(config))
+        digests = {f.name: whole_files.digest_of_file(f) for f in partial.iterdir()}
+        whole_files.write_json(partial / _FILES, digests)
+        whole_files.settle(partial)  # rename must not reach the disk before what it names
+        _discard(final)
+        os.replace(partial, final)
+    # torch.save and safetensors have exceptions of their own for a disk that takes no more.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        _remove(partial)
+        before = checkpoints(out)
+        raise OSError(
+            f"output_dir: {final} could not be written ({error}); "
+            + (
+                f'{before[-1].name} is whole: resume_from_checkpoint="latest" goes on from it'
+                if before
+                else "there is none before it"
+            )
+        ) from error
     if config.checkpoints_total_limit is not None:
-        others = [checkpoint for checkpoint in _checkpoints(out) if checkpoint != final]
+        others = [checkpoint for checkpoint in checkpoints(out) if checkpoint != final]
         for old in others[: max(0, len(others) + 1 - config.checkpoints_total_limit)]:
             _discard(old)
 
@@ -85,7 +112,13 @@ def _discard(checkpoint: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def _checkpoints(out: Path) -> list[Path]:
+def _remove(partial: Path) -> None:
+    if partial.is_symlink():
+        partial.unlink()
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = [p for p in out.glob("checkpoint-*") if CHECKPOINT.fullmatch(p.name)]
     return sorted(found, key=step_of)
@@ -100,10 +133,10 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     """What `resume_from_checkpoint` names; None where there is nothing to resume.
 
     Raises:
-        ValueError: it names something that is no checkpoint, or a new run would mix its
-            checkpoints with those of an earlier one.
+        ValueError: it names something that is no checkpoint, or is damaged, or a new run would mix
+            its checkpoints with those of an earlier one.
     """
-    found = _checkpoints(Path(config.output_dir))
+    found = checkpoints(Path(config.output_dir))
     if config.resume_from_checkpoint is None:
         if found:
             raise ValueError(
@@ -112,24 +145,51 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
             )
         return None
     if config.resume_from_checkpoint == "latest":
-        return found[-1] if found else None
+        for checkpoint in reversed(found):
+            try:
+                check_files(checkpoint)
+            except ValueError as error:
+                if checkpoint == found[0]:
+                    raise
+                warnings.warn(f"{error}; taking the one before", stacklevel=2)
+                continue
+            return checkpoint
+        return None
     path = Path(config.resume_from_checkpoint)
     if not path.is_dir() or not CHECKPOINT.fullmatch(path.name):
         raise ValueError(
             f"resume_from_checkpoint: got {path}, accepted are latest or a checkpoint-N folder"
         )
+    check_files(path)
     return path
+
+
+def check_files(checkpoint: Path) -> None:
+    """Refuse a checkpoint that is not as it was written.
+
+    Raises:
+        ValueError: a file of it is missing or differs; the message names it.
+    """
+    try:
+        digests = whole_files.read_json(checkpoint / _FILES)
+        for name, digest in digests.items():
+            if whole_files.digest_of_file(file := checkpoint / name) != digest:
+                reason = "is damaged" if file.stat().st_size else "is empty"
+                raise ValueError(f"{file} {reason}: it is not the file that was written")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"resume_from_checkpoint: {error}") from error
 
 
 def remove_leftovers(out: Path) -> None:
     """Delete what a killed run was still writing."""
     for partial in out.glob(".partial-*"):
-        shutil.rmtree(partial)
+        _remove(partial)
+    whole_files.remove_leftovers(out)
 
 
 def warn_of_changes(checkpoint: Path, config: TrainConfig) -> None:
     """Warn if a run is resumed with settings that make it another run."""
-    before = json.loads((checkpoint / "train_config.json").read_text())
+    before = whole_files.read_json(checkpoint / "train_config.json")
     now = json.loads(json.dumps(dataclasses.asdict(config)))
     harmless = {"resume_from_checkpoint", "output_dir", "cache_dir", "checkpointing_steps",
                 "checkpoints_total_limit", "logging_steps", "report_to", "validation_steps",

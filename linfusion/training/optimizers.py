@@ -49,7 +49,11 @@ def build_optimizer(
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers as one; their groups are its groups."""
+    """Several optimizers as one; their groups are its groups.
+
+    Prepared one by one, accelerate would update the scaler of fp16 after the first, which forgets
+    that the gradients of the second are unscaled already.
+    """
 
     def __init__(self, parts: list[torch.optim.Optimizer]) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})

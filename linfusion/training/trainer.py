@@ -11,9 +11,8 @@ from its last checkpoint to the same weights, bit for bit on CPU.
 
 import dataclasses
 import importlib.util
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from linfusion import zoo
-from linfusion.attention.grids import video as volumes
 from linfusion.files.sheets import side_by_side
-from linfusion.layers.find import candidates, select
-from linfusion.layers.record import MARKER
-from linfusion.linearize import linearize, restore
+from linfusion.files.whole_files import Lock, writable_folder, write_json, writing
 from linfusion.pipelines.load import load
 from linfusion.training.checkpoints import (
     checkpoint_to_resume,
@@ -42,31 +38,26 @@ from linfusion.training.checkpoints import (
     step_of,
     warn_of_changes,
 )
-from linfusion.training.config import TrainConfig, writable_folder
-from linfusion.training.data.cache import TrainingSet, plan_sizes
-from linfusion.training.data.clips import Clip, ClipSet, check_clips, clip_folder
-from linfusion.training.data.films import Film, FilmSet, check_films, film_folder
-from linfusion.training.data.pictures import (
-    Example,
-    datasets_set,
-    digest,
-    image_folder,
-    read_prompts,
-    webdataset_shards,
-)
+from linfusion.training.config import TrainConfig
+from linfusion.training.data.cache import TrainingSet
+from linfusion.training.data.clips import ClipSet
+from linfusion.training.data.films import FilmSet
+from linfusion.training.data.pictures import digest
 from linfusion.training.objectives.distillation import Distillation
-from linfusion.training.objectives.from_data import FromData
-from linfusion.training.objectives.whole import WholeStudent
 from linfusion.training.optimizers import build_optimizer
+from linfusion.training.roles import (
+    FROZEN_DTYPES,
+    Pair,
+    check_student,
+    load_examples,
+    pair_of,
+    teacher_of,
+)
 from linfusion.training.teachers.base import Teacher
-from linfusion.training.teachers.images import FlowTeacher, NoiseTeacher
 from linfusion.training.teachers.lingen import LinGenHost
-from linfusion.training.teachers.variance import ClassTeacher, PixArtTeacher, VarianceTeacher
 from linfusion.training.teachers.video import VideoTeacher
 
-Pair = Distillation | WholeStudent | FromData
 CONSTRAINED_EVERY = 20  # steps
-FROZEN_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -> Path:
@@ -91,39 +82,38 @@ def distill(config: TrainConfig, *, pipeline: DiffusionPipeline | None = None) -
     examples = load_examples(config)
     pipe = pipeline
     if pipe is None:
-        pipe = load_pipeline(
-            config.pretrained_model_name_or_path, revision=config.revision, variant=config.variant
-        )
+        where = {"revision": config.revision, "variant": config.variant}
+        pipe = load(zoo.resolve(config.pretrained_model_name_or_path), **where)
         # The frozen weights of our own copy need no fp32; the VAE does, SDXL's overflows in fp16.
         for name in ("unet", "transformer"):
             if getattr(pipe, name, None) is not None and config.method != "lingen":
                 getattr(pipe, name).to(FROZEN_DTYPES[config.mixed_precision])
     teacher = teacher_of(pipe, config)
-    _check_student(config, teacher, examples)
+    check_student(config, teacher, examples)
 
     out = writable_folder("output_dir", config.output_dir)
     writable_folder("cache_dir", config.cache_path)
-    with _accelerator(config, out) as accelerator:
+    with _accelerator(config, out) as accelerator, ExitStack() as stack:
         set_seed(config.seed)
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         if accelerator.is_main_process:
+            stack.enter_context(Lock(out, "output_dir"))
             remove_leftovers(out)
-            (out / "train_config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+            write_json(out / "train_config.json", dataclasses.asdict(config))
 
         pipe.to(accelerator.device)
-        with accelerator.main_process_first():
-            kind: Any = TrainingSet
-            if isinstance(teacher, VideoTeacher):
-                kind = ClipSet
-            elif isinstance(teacher, LinGenHost):
-                kind = FilmSet
-            data = kind(config, teacher, examples, processes=accelerator.num_processes)
+        kind: Any = TrainingSet
+        if isinstance(teacher, VideoTeacher):
+            kind = ClipSet
+        elif isinstance(teacher, LinGenHost):
+            kind = FilmSet
+        data = kind(config, teacher, examples, processes=accelerator.num_processes)
         if not config.validation_steps:  # nothing is encoded or decoded from here on
             for name in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
                 if getattr(pipe, name, None) is not None and accelerator.device.type != "cpu":
                     getattr(pipe, name).to("cpu")
 
-        pair = _pair(config, teacher)
+        pair = pair_of(config, teacher)
         checkpointing = teacher.model.is_gradient_checkpointing
         try:
             if config.gradient_checkpointing:
@@ -157,137 +147,6 @@ def _accelerator(config: TrainConfig, out: Path) -> Iterator[Accelerator]:
         accelerator.free_memory()
         if first:
             AcceleratorState._reset_state()
-
-
-def load_pipeline(name: str, **kwargs: Any) -> DiffusionPipeline:
-    """A pipeline from a folder, the hub or the zoo ("zoo:emoji")."""
-    pipe: DiffusionPipeline = load(zoo.resolve(name), **kwargs)
-    return pipe
-
-
-def load_examples(config: TrainConfig) -> list[Example] | list[Clip] | list[Film] | None:
-    """Pictures and captions of the configured source; None if the teacher is to draw them.
-
-    Raises:
-        ValueError, ImportError: as the sources in `linfusion.training.data.pictures`,
-            `clip_folder` and `film_folder`.
-    """
-    if config.method == "lingen":
-        return film_folder(config)
-    if config.method == "mate":
-        assert config.train_data_dir is not None  # TrainConfig takes no other source
-        return clip_folder(config.train_data_dir)
-    if config.train_data_dir is not None:
-        return image_folder(
-            config.train_data_dir,
-            image_column=config.image_column,
-            caption_column=config.caption_column,
-        )
-    if config.dataset_name is not None:
-        return datasets_set(
-            config.dataset_name,
-            config.dataset_config_name,
-            image_column=config.image_column,
-            caption_column=config.caption_column,
-        )
-    if config.train_shards_path_or_url is not None:
-        return webdataset_shards(
-            config.train_shards_path_or_url, caption_column=config.caption_column
-        )
-    if config.train_prompts is not None:
-        read_prompts(config.train_prompts)  # a missing file is found out before the model is loaded
-    return None
-
-
-def teacher_of(pipe: DiffusionPipeline, config: TrainConfig) -> Teacher:
-    """The kind of teacher a pipeline is.
-
-    Raises:
-        ValueError: none that is known.
-    """
-    if (type(pipe).__name__ == "LinGenPipeline") != (config.method == "lingen"):
-        raise ValueError(
-            f"method: got {config.method!r} for a {type(pipe).__name__}; 'lingen' is for a"
-            " LinGenPipeline, and it alone"
-        )
-    if config.method == "lingen":
-        return LinGenHost(pipe)
-    if getattr(pipe, "unet", None) is not None:
-        return NoiseTeacher(pipe)
-    kinds = {kind.__name__ for kind in type(getattr(pipe, "transformer", None)).__mro__}
-    if kinds & {"FluxTransformer2DModel", "SD3Transformer2DModel"}:
-        return FlowTeacher(pipe, config.guidance_embedding)
-    if "DiTTransformer2DModel" in kinds:
-        return ClassTeacher(pipe)
-    if "PixArtTransformer2DModel" in kinds:
-        return PixArtTeacher(pipe)
-    if kinds & set(volumes.HOSTS):
-        return VideoTeacher(pipe)
-    raise ValueError(
-        f"pretrained_model_name_or_path: {type(pipe).__name__} has neither a unet nor a transformer"
-        " of FLUX, Stable Diffusion 3, DiT, PixArt, Wan, SANA-Video or CogVideoX, the models that"
-        " are distilled"
-    )
-
-
-def _check_student(config: TrainConfig, teacher: Teacher, examples: Any) -> None:
-    """Refuse what this pipeline cannot do now, not after hours of filling the cache."""
-    if isinstance(teacher, LinGenHost):
-        check_films(config, teacher, examples)
-        return
-    levels = [] if config.method == "mate" else plan_sizes(config, teacher.multiple)
-    oblong = [f"{h}x{w}" for level in levels for h, w in level if h != w]
-    if oblong and teacher.squares_only:
-        raise ValueError(
-            f"aspect_ratio_buckets: got {oblong[0]}; {type(teacher.model).__name__} draws squares"
-            " alone"
-        )
-    paths = list(candidates(teacher.model, config.method))
-    if config.method == "mate":
-        check_clips(teacher, examples)
-    if config.feature_layers:
-        select(paths, config.feature_layers, "feature_layers")
-    if config.method == "lit":
-        _pair(config, teacher).close()
-    # A student that was saved inside its model is not tried on: restore would forget that it is.
-    elif config.weights is not None or MARKER not in teacher.model.config:
-        linearize(teacher.model, config.method, weights=config.weights, **config.method_options)
-        restore(teacher.model)
-
-
-def _pair(config: TrainConfig, teacher: Teacher) -> Pair:
-    """Student and teacher of a run, as their method wants them."""
-    if isinstance(teacher, LinGenHost):
-        return FromData(teacher, weights=config.weights)
-    if isinstance(teacher, VarianceTeacher):
-        other = None
-        if config.teacher_model_name_or_path is not None:
-            other = load_pipeline(config.teacher_model_name_or_path).transformer
-            other.to(teacher.model.device, FROZEN_DTYPES[config.mixed_precision])
-        return WholeStudent(
-            teacher,
-            policy=config.inherit,
-            weights=config.weights,
-            teacher=other,
-            kd_weight=config.kd_weight,
-            kd_variance_weight=config.kd_variance_weight or 0.0,
-            log_variance=config.log_variance,
-            seed=config.seed,
-            **config.method_options,
-        )
-    paths = list(candidates(teacher.model, config.method))
-    return Distillation(
-        teacher.model,
-        method=config.method,
-        weights=config.weights,
-        train_projections=config.train_projections,
-        projection_rank=config.projection_rank,
-        feature_layers=config.feature_layers or teacher.feature_layers(paths),
-        compare="block" if config.method == "mate" else "layer",
-        kd_weight=config.kd_weight,
-        feature_weight=config.feature_weight,
-        **config.method_options,
-    )
 
 
 def _train(
@@ -434,7 +293,9 @@ def _save_grid(config: TrainConfig, teacher: Teacher, pair: Pair, step: int) -> 
         left = teacher.pictures(config)
     folder = Path(config.output_dir) / "samples"
     folder.mkdir(exist_ok=True)
-    side_by_side(left, teacher.pictures(config)).save(folder / f"step-{step:07d}.png")
+    sheet = side_by_side(left, teacher.pictures(config))
+    with writing(folder / f"step-{step:07d}.png") as file:
+        sheet.save(file, "PNG")
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -476,3 +477,39 @@ def test_large_tensors_of_a_dry_run_take_no_memory():
     assert (y.shape, y.dtype, y.device.type) == ((2, 4, side * side), torch.bfloat16, "cpu")
     assert torch.equal(small, torch.arange(1.0, 7).view(2, 3))
     assert seen.nbytes < 1 << 20
+
+
+class Held(TorchDispatchMode):
+    """Bytes of all storages that were made within, at once and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.known:
+                storage = t.untyped_storage()
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
+        return out
+
+    def drop(self, key, nbytes):
+        self.known.discard(key)
+        self.live -= nbytes
+
+
+@pytest.mark.parametrize("attention", ["linear", "softmax"])
+def test_a_dry_run_without_bands_counts_what_the_model_holds_as_it_is(attention):
+    unet = linear(tiny_unet()) if attention == "linear" else tiny_unet()
+    inputs = unet_inputs(unet, size=64)
+    with Held() as held:
+        denoise(unet, **inputs)
+    with bounded(unet, dry=True, in_bands=False) as plan:
+        denoise(unet, **inputs)
+    estimate = plan.peak_bytes - plan.weights_bytes
+    assert estimate == pytest.approx(held.peak, rel=0.25)

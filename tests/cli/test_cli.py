@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.tiny import tiny_image, tiny_sd_pipeline
 from tests.tiny_joint import tiny_flow_vae, tiny_flux_pipeline
 
 PROMPT = "a red apple"
+generate_module = sys.modules["linfusion.cli.generate"]
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +167,31 @@ WRONG = {
         [PROMPT, "--cpu-offload", "model", "--device-map", "cpu"],
         "cpu_offload: 'model' needs a GPU, and the device is the CPU",
     ),
+    "flash": (
+        [PROMPT, "--attention-backend", "flash"],
+        "attention_backend: 'flash' cannot be used here",
+    ),
+    "no backend": (
+        [PROMPT, "--attention-backend", "magic"],
+        "attention_backend: 'magic' is not one of _flash_3",
+    ),
+    "device": ([PROMPT, "--device", "foo"], "device: 'foo' is none; accepted are cuda, cuda:1"),
+    "no such GPU": ([PROMPT, "--device-map", "cuda:99"], "device: 'cuda:99' is not here"),
+    "balanced": ([PROMPT, "--device", "balanced"], "device: 'balanced' needs GPUs"),
+    "huge": ([PROMPT, "--size", "1000000x1000000"], "height: 1000000 px; accepted are multiples"),
+    "no argument": (
+        [PROMPT, "--pipeline-kwargs", '{"speed": 1}'],
+        "--pipeline-kwargs: StableDiffusionPipeline takes no 'speed'",
+    ),
+    "our argument": (
+        [PROMPT, "--pipeline-kwargs", '{"output_type": "latent"}'],
+        "--pipeline-kwargs: 'output_type' is set by this command",
+    ),
+    "clip skip": (
+        [PROMPT, "--pipeline-kwargs", '{"clip_skip": 1}'],
+        "--pipeline-kwargs: the pipeline fails with clip_skip (AttributeError:",
+    ),
+    "class": (["--class", "x"], "class: "),
     "backend": (
         [PROMPT, "--attention-backend", "native"],
         "attention_backend: 'native' would be without effect",
@@ -173,7 +200,7 @@ WRONG = {
         [PROMPT, "--method", "magic"],
         "method: 'magic' is not one of ['clear', 'hybrid', 'linfusion', 'lit', 'mate']",
     ),
-    "weights": ([PROMPT, "-w", "/nowhere"], "weights: cannot read /nowhere"),
+    "weights": ([PROMPT, "-w", "/nowhere"], "weights: there is no folder or file '/nowhere'"),
     "softmax": ([PROMPT, "--softmax", "-w", "x"], "--softmax: takes no --weights and no --layers"),
     "no prompt": ([], "prompt: missing; say what to draw (--class for a model of classes)"),
     "flag": ([PROMPT, "--nope"], "No such option: --nope"),
@@ -337,7 +364,8 @@ def test_every_training_argument_is_a_flag(run):
     code, out, _ = run("train", "--help")
     assert code == 0
     for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name} " in out
+        if field.name != "options":  # each of them is a flag
+            assert f"--{field.name} " in out
 
 
 def test_training_flags_reach_the_trainer(run, monkeypatch, tmp_path):
@@ -454,6 +482,145 @@ def test_the_version_is_printed(run):
     assert run("--version") == (0, f"linfusion {linfusion.__version__}\n", "")
 
 
+def interrupt(*_args, **_kwargs):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_says_what_was_kept(draw, tmp_path, monkeypatch):
+    real, calls = generate_module._draw, []
+
+    def second(*arguments):
+        calls.append(arguments)
+        return interrupt() if len(calls) == 2 else real(*arguments)
+
+    monkeypatch.setattr(generate_module, "_draw", second)
+    code, out, err = draw(PROMPT, "a pear", "--seed", 3, "-o", tmp_path)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1] == (
+        "linfusion: interrupted; 1 of 2 pictures are written, the last"
+        f" {tmp_path}/a-red-apple-3.png; --seed 4 goes on with the others"
+    )
+
+
+@pytest.mark.parametrize("command", ["summary", "convert", "bench", "eval", "generate"])
+def test_ctrl_c_is_130_in_every_command(run, model, tmp_path, monkeypatch, command):
+    from linfusion.cli import load
+    from linfusion.students.student import LinFusion
+
+    monkeypatch.setattr(load, "load_pipeline", interrupt)
+    monkeypatch.setattr(LinFusion, "from_pretrained", interrupt)
+    monkeypatch.setattr(sys.modules["linfusion.cli.bench"], "_layers", interrupt)
+    tiny_image(0, 32).save(tmp_path / "a.png")
+    flags = {
+        "summary": [model],
+        "convert": [model / "linfusion", tmp_path / "x"],
+        "bench": [],
+        "eval": ["-m", model, "--images", tmp_path],
+        "generate": [PROMPT, "-m", model, "-o", tmp_path / "x.png"],
+    }[command]
+    code, out, err = run(command, *flags)
+    assert (code, out) == (130, "")
+    assert err.splitlines()[-1].startswith("linfusion: interrupted; nothing was kept")
+
+
+def test_interrupted_training_says_how_to_go_on(run, tmp_path, monkeypatch):
+    import linfusion.training.trainer as trainer
+
+    monkeypatch.setattr(trainer, "distill", interrupt)
+    flags = ["--train_data_dir", "d", "--output_dir", tmp_path]
+    code, _, err = run("train", *flags)
+    assert code == 130 and "interrupted; no checkpoint was written yet" in err
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    code, _, err = run("train", *flags)
+    assert code == 130
+    assert f"{tmp_path / 'checkpoint-10'} is kept: the same command with --resume latest" in err
+
+
+@pytest.mark.parametrize("text", ["out[/x].png", "photos[final].png", "[bold red]x", "a [b", "\\["])
+def test_brackets_in_a_table_are_text(text, capsys):
+    from linfusion.cli.console import emit_table
+
+    emit_table(["", text], [[text, "1"]], title=text)
+    assert capsys.readouterr().out.count(text) == 3
+
+
+@pytest.mark.parametrize("error, said", [
+    (EOFError("Ran out of input"), "Ran out of input"),
+    (MemoryError(), "out of memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 4 bytes"), "out of memory (Default"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory (CUDA out of memory"),
+])  # fmt: skip
+def test_what_runs_out_is_one_line(draw, tmp_path, monkeypatch, error, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(generate_module, "_draw", fail)
+    code, out, err = draw(PROMPT, "-o", tmp_path)
+    assert (code, out) == (2, "") and "Traceback" not in err
+    assert said in err.splitlines()[-1] or "a file ends before its time" in err.splitlines()[-1]
+
+
+def test_a_choice_is_refused_without_a_word_of_the_parser(run):
+    code, _, err = run("upscale", PROMPT, "--size", 128, "--strategy", "x")
+    assert code == 2 and "Value error" not in err and "'x' is not one of 'sdedit'" in err
+
+
+def test_a_hub_name_offline_says_that_it_is_offline(run, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    code, _, err = run("generate", PROMPT, "-m", "owner/name", "-o", tmp_path)
+    assert code == 2
+    assert "model: owner/name is not in the cache of the hub, and HF_HUB_OFFLINE is set" in err
+
+
+def test_the_student_of_a_whole_model_is_judged_by_the_teacher_beside_it(run, tmp_path):
+    for i in range(2):
+        tiny_image(i, 128).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("face")
+    common = ("--images", tmp_path, "--num-images", 2, "--steps", 1, "--json")
+    code, out, err = run("eval", "-m", "zoo:emoji-lit", *common)
+    assert code == 0, err
+    assert 0 < json.loads(out)["sizes"]["128"]["psnr"] < 100
+
+
+def test_eval_of_a_model_of_videos_is_refused_by_name(run, tmp_path):
+    tiny_image(0, 32).save(tmp_path / "a.png")
+    code, _, err = run("eval", "-m", "zoo:emoji-video", "--images", tmp_path)
+    assert code == 2 and "model: zoo:emoji-video draws videos" in err
+
+
+def test_summary_of_a_model_that_is_linear_itself_says_so(run):
+    code, _, err = run("summary", "zoo:emoji-video")
+    assert code == 2 and "linear itself" in err.splitlines()[-1]
+
+
+def test_classes_are_checked_before_the_model_is_loaded(run, tmp_path, monkeypatch):
+    from linfusion.cli import load
+
+    monkeypatch.setattr(load, "load_pipeline", None)
+    for model, flags, said in (
+        ("zoo:emoji-lit", ["--class", "dog"], "class_labels: there is no class 'dog'"),
+        ("zoo:emoji-lit", [PROMPT], "class: zoo:emoji-lit is a model of classes: animal, face"),
+        ("zoo:emoji", ["--class", "dog"], "class: zoo:emoji has none; give a prompt"),
+    ):
+        code, _, err = run("generate", *flags, "-m", model, "-o", tmp_path)
+        assert code == 2 and said in err
+
+
+def test_libraries_say_nothing_where_nothing_is_wrong(draw, tmp_path):
+    code, _, err = draw(PROMPT, "-o", tmp_path)
+    assert code == 0
+    for noise in ("id2label", "kept in float32", "cannot run with"):
+        assert noise not in err
+
+
+def test_fp16_on_a_cpu_is_said_to_be_slow_once(draw, tmp_path):
+    code, _, err = draw(PROMPT, "--steps", 1, "--dtype", "fp16", "--device", "cpu", "-o", tmp_path)
+    assert code == 0 and err.count("thirty times slower") == 1
+
+
 @pytest.mark.parametrize(
     "command, name, message",
     [
@@ -468,7 +635,7 @@ def test_the_version_is_printed(run):
         ("generate", "FluxControlPipeline", "draws after a control picture"),
         ("generate", "KandinskyV22Pipeline", "draws from neither a prompt nor a class"),
         ("video", "WanPipeline", "runs in diffusers itself; here are those of LinGenPipeline"),
-        ("video", "DDPMPipeline", "which draws no videos"),
+        ("video", "DDPMPipeline", "draws no videos"),
     ],
 )
 def test_a_model_of_another_kind_is_refused_before_it_is_loaded(
@@ -477,7 +644,8 @@ def test_a_model_of_another_kind_is_refused_before_it_is_loaded(
     (tmp_path / "model").mkdir()  # nothing but its class: loading it would fail otherwise
     (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": name}))
     with pytest.raises(SystemExit) as stop:
-        main([command, PROMPT, "-m", str(tmp_path / "model"), "-o", str(tmp_path / "x.png")])
+        output = tmp_path / ("x.mp4" if command == "video" else "x.png")
+        main([command, PROMPT, "-m", str(tmp_path / "model"), "-o", str(output)])
     assert stop.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("linfusion: model: ") and f"is a {name}, which {message}" in last

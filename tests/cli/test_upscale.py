@@ -93,7 +93,7 @@ def test_a_finished_run_goes_on_to_the_same_file(upscale, tmp_path):
     [
         ([], "size: missing"),
         (["--size", 100], "height: 100 px; accepted are multiples of 8"),
-        (["--size", 96, "--strength", 2], "strengths: got 2"),
+        (["--size", 96, "--strength", 2], "strength: 2.0; accepted are numbers above 0, up to 1"),
         (["--size", 96, "--resume"], "resume: needs --state"),
         (["--size", 96, "-o", "x.gif"], "output: 'x.gif'; accepted are .png"),
         (["--size", 96, "--memory-budget", "much"], "memory_budget: got 'much'"),

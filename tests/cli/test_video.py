@@ -9,11 +9,12 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from linfusion import zoo
 from linfusion.cli import main
 from linfusion.files.picture_reader import read
-from linfusion.files.video_reader import read_video
+from linfusion.files.video_reader import count_frames, read_video
 from linfusion.files.video_writer import open_video
 from linfusion.pipelines.lingen.pipeline import LinGenPipeline
 from linfusion.pipelines.lingen.streaming_vae import StreamingVAEDecoder
@@ -137,7 +138,10 @@ def test_an_interrupted_video_plays_and_goes_on(video, tmp_path, interrupted):
     code, out, err = video(*common, "-o", tmp_path / "a.mp4")
     assert (code, out) == (130, "")
     last = err.strip().splitlines()[-1]
-    assert last == f"linfusion: interrupted; 6 frames are in {tmp_path / 'a.mp4'}"
+    assert last == (
+        f"linfusion: interrupted; 6 frames are in {tmp_path / 'a.mp4'}; what is done is in"
+        f" {tmp_path / 'run'}: the same command with --resume goes on"
+    )
     assert len(read_video(tmp_path / "a.mp4")) == 6
     assert video(*common, "-o", tmp_path / "a.mp4")[0] == 0
     assert video("--seed", 3, "-o", tmp_path / "b.mp4")[0] == 0
@@ -158,9 +162,10 @@ WRONG = {
     "folder": (["-o", "/dev/null/x.mp4"], {}, "output: cannot write to '/dev/null'"),
     "codec": (["--codec", "magic"], {}, "codec: 'magic' is not one that this PyAV has"),
     "resume": (["--resume"], {}, "resume: needs --state"),
-    "state": (["--state", "/dev/null/run"], {}, "state: cannot write to /dev/null/run"),
-    "image": (["--image", "nowhere.png"], {}, "nowhere.png"),
-    "clip": (["--continue", "nowhere.mp4"], {}, "video: there is no file 'nowhere.mp4'"),
+    "state": (["--state", "/dev/null/run"], {}, "state: cannot write to '/dev/null/run'"),
+    "image": (["--image", "nowhere.png"], {}, "image: there is no file 'nowhere.png'"),
+    "device": (["--device", "foo"], {}, "device: 'foo' is none; accepted are cuda, cuda:1"),
+    "clip": (["--continue", "nowhere.mp4"], {}, "continue: there is no video 'nowhere.mp4'"),
     "both": (["--image", "a.png", "--continue", "b.mp4"], {}, "image: got one beside --continue"),
     "model": (["-m", "zoo:cats"], {}, "no model 'cats' in the zoo"),
 }
@@ -216,3 +221,44 @@ def test_what_is_no_video_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no frames"):
         read_video(tmp_path / "empty")
+
+
+def test_what_is_transparent_in_an_animation_is_on_white(tmp_path):
+    clear = [Image.new("RGBA", (8, 8), (255, 0, 0, 0)), Image.new("RGBA", (8, 8), (0, 0, 255, 255))]
+    clear[0].save(tmp_path / "a.webp", save_all=True, append_images=clear[1:], lossless=True)
+    frames = read_video(tmp_path / "a.webp")
+    assert frames.shape == (2, 8, 8, 3) and (frames[0] == 255).all()
+    assert (frames[1] == [0, 0, 255]).all()
+    assert count_frames(tmp_path / "a.webp") == 2
+
+
+def test_an_upright_first_frame_is_what_a_phone_shows(video, tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 3  # upside down
+    half = Image.fromarray(np.repeat(np.uint8([[[0] * 3], [[250] * 3]]), 16, 1).repeat(8, 0))
+    half.save(tmp_path / "a.jpg", exif=turned, quality=100)
+    half.rotate(180).save(tmp_path / "b.jpg", quality=100)
+    for name in "ab":
+        code, _, err = video("--image", tmp_path / f"{name}.jpg", "-o", tmp_path / name)
+        assert code == 0, err
+    first = [np.asarray(Image.open(tmp_path / name / "000000.png")).astype(int) for name in "ab"]
+    assert np.abs(first[0] - first[1]).max() <= 2
+
+
+def test_a_second_video_in_one_file_is_refused_while_it_is_written(tmp_path):
+    with open_video(tmp_path / "a.mp4", 10, (16, 16)) as out:
+        out.write(np.zeros((1, 16, 16, 3), np.uint8))
+        with pytest.raises(ValueError, match=r"path: .*a\.mp4 is in use by another run"):
+            open_video(tmp_path / "a.mp4", 10, (16, 16))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_longer_video_cannot_go_on_with_a_state_and_is_told_in_frames(video, tmp_path):
+    state = ("--state", tmp_path / "run", "--seed", 1)
+    assert video(*state, "-o", tmp_path / "a.mp4")[0] == 0
+    code, _, err = video(*state, "-o", tmp_path / "a.mp4")
+    assert code == 2 and "holds a video; --resume goes on with it" in err
+    code, _, err = video(*state, "--resume", "--seconds", 1.25, "-o", tmp_path / "a.mp4")
+    assert code == 2 and "its blocks make" in err and "--continue" in err
+    code, _, err = video("--continue", tmp_path / "a.mp4", "-o", tmp_path / "b.mp4")
+    assert code == 2 and "--seconds is the length of both and has to be longer" in err

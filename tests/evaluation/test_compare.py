@@ -145,7 +145,7 @@ def test_an_unfit_folder_of_pictures_is_named(student, pictures, change, said):
     [
         ({"batch_size": 0}, "batch_size: got 0, accepted is 1 or more"),
         ({"num_inference_steps": 0}, "num_inference_steps: got 0, accepted is 1 or more"),
-        ({"output_dir": "/dev/null/sheets"}, "output_dir: cannot write to /dev/null/sheets"),
+        ({"output_dir": "/dev/null/sheets"}, "output_dir: cannot write to '/dev/null/sheets'"),
         ({"sizes": [33]}, "sizes: got 33, accepted are multiples of 8"),
         ({"sizes": []}, "sizes: got none"),
         ({"n": 1}, "n: got 1, accepted is 2 or more"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import resource
 import tracemalloc
 import warnings
@@ -15,8 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from linfusion.files.picture_reader import bytes_needed, open_picture, read, read_parameters, writer
-from linfusion.files.picture_writer import Preview
+from linfusion.files.picture_formats import Preview
+from linfusion.files.picture_reader import (
+    bytes_needed,
+    open_picture,
+    read,
+    read_parameters,
+    size_of,
+    writer,
+)
 
 SUFFIXES = [".png", ".jpg", ".jpeg", ".tif", ".tiff"]
 MADE_WITH = {
@@ -264,9 +272,13 @@ def test_an_aborted_picture_leaves_the_existing_one(tmp_path):
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
-def test_what_a_killed_run_left_is_written_over(tmp_path):
+def test_what_a_killed_run_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     lost = writer(tmp_path / "a.png", 9, 9, parameters={})
     lost.write(noise(9, 9))
+    [part] = tmp_path.iterdir()
+    save(tmp_path / "a.png", noise(8, 8))
+    assert part.exists()
+    lost._parts[0].file.close()  # as a process does that is killed
     save(tmp_path / "a.png", noise(7, 7))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.preview.png"]
 
@@ -542,3 +554,16 @@ def test_the_warning_points_at_the_caller(tmp_path):
     with pytest.warns(UserWarning) as caught:
         open_picture(Image.new("CMYK", (8, 8)))
     assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("function", [open_picture, read, read_parameters, size_of])
+def test_only_paths_are_opened_and_the_callers_descriptors_stay_open(function):
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(ValueError, match=rf"got {writing} of type int; accepted: the path"):
+            function(writing)
+        os.write(writing, b"x")
+        assert os.read(reading, 1) == b"x"
+    finally:
+        os.close(reading)
+        os.close(writing)

@@ -213,3 +213,29 @@ def test_as_many_tiles_are_visited_as_there_are(side, radius, whole, part):
     tables = lists((side, side), float(radius), "disc", torch.device("cpu"))
     assert tables.whole / tables.tiles == pytest.approx(whole, abs=0.05)
     assert tables.part / tables.tiles == pytest.approx(part, abs=0.1)
+
+
+def test_what_a_launch_needs_is_made_once_a_shape():
+    """A captured graph holds addresses of tables, whatever other grids come after it."""
+    collected = []
+    target = kernels.Target("cuda", 1, collected.append)
+    for grid in ((9, 10), *((9, 11 + i) for i in range(12)), (9, 10)):
+        q, k, v, *rest = inputs(grid, 3, 16, torch.float16)
+        kernels.attention(q, k, v, *rest[:2], grid, 4.0, "disc", 0.3, False, target=target)
+    first, last = collected[0].args, collected[-1].args
+    assert first["TABLE"].data_ptr() == last["TABLE"].data_ptr()
+    assert first["BITS"].data_ptr() == last["BITS"].data_ptr()
+    assert first["tiles"] != collected[-2].args["tiles"] or first["X"] != collected[-2].args["X"]
+
+
+@pytest.mark.parametrize(
+    ("d", "pieces"),
+    [(64, (64, 0)), (72, (64, 16)), (80, (64, 16)), (96, (64, 32)), (128, (64, 64))],
+)
+def test_columns_of_a_head_are_not_padded_to_twice_their_number(d, pieces):
+    collected = []
+    target = kernels.Target("cuda", 1, collected.append)
+    x = [torch.empty(1, 64, 1, d, dtype=torch.bfloat16, device="meta") for _ in range(3)]
+    none = torch.empty(1, 0, 1, d, dtype=torch.bfloat16, device="meta")
+    kernels.attention(*x, none, none, (8, 8), 4.0, "disc", 0.3, False, target=target)
+    assert (collected[0].args["BA"], collected[0].args["BB"]) == pieces

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linfusion.kernels import TileOrder, window_attention
 from linfusion.kernels.window_attention import blocked, blocks, products
@@ -329,3 +331,30 @@ def test_the_reference_is_differentiable_twice():
     assert torch.autograd.gradgradcheck(
         lambda q, k, v: window_attention(q, k, v, grid=(2, 3), radius=1.5, impl="reference"), x
     )
+
+
+def test_a_tile_order_is_made_once_and_serves_every_mode():
+    """One gather a call; and what inference mode made, gradients may use."""
+
+    class Count(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.made += 1
+            return func(*args, **(kwargs or {}))
+
+    order_, x = TileOrder((11, 23)), torch.randn(1, 253, 2, 8)
+    with torch.inference_mode():
+        order_.permute(x), order_.undo(x)
+    with Count() as count:
+        back = order_.undo(order_.permute(x))
+    assert count.made == 2
+    assert torch.equal(back, x)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(order_.permute(x).square().sum(), x)
+    assert torch.equal(grad, 2 * x)
+    with FakeTensorMode() as mode:  # a dry run finds nothing real, and leaves nothing behind
+        assert order_.permute(mode.from_tensor(x)).shape == x.shape
+        fresh = TileOrder((11, 29))
+        fresh.permute(torch.empty(1, 319, 8))
+    assert torch.equal(fresh.undo(fresh.permute(torch.ones(1, 319, 8))), torch.ones(1, 319, 8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -434,3 +436,33 @@ def test_it_compiles_whole(causal):
     whole = torch.compile(model, fullgraph=True, backend="eager")
     out = whole(x, torch.tensor([3.0, 900.0]), text, return_dict=False)[0]
     torch.testing.assert_close(out, model(x, torch.tensor([3.0, 900.0]), text).sample)
+
+
+def test_a_noisy_step_keeps_no_state_and_a_clean_one_no_tokens():
+    model = tiny(**BLOCK_TIME)
+    kept = []
+    for block in model.transformer_blocks:
+        block.mate.register_forward_hook(lambda module, args, out: kept.append(out))
+    state, x, text = StreamState(), torch.randn(1, 3, 3, 10, 6), torch.randn(1, 2, 12)
+    with torch.no_grad():
+        model(x, 500.0, text, state=state)
+        assert all(isinstance(out, torch.Tensor) for out in kept)
+        model.commit(x, text, state=state)
+    for layer in state.read():
+        for tensor in layer[1:]:
+            assert tensor is None or tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_the_state_of_a_layer_is_cut_out_before_the_layers_behind_it_run():
+    model = tiny(**BLOCK_TIME)
+    first, held = [], []
+    model.transformer_blocks[0].register_forward_hook(
+        lambda module, args, out: first.append(weakref.ref(out[1].conv))
+    )
+    model.transformer_blocks[2].register_forward_pre_hook(
+        lambda module, args: held.append(first[0]() is not None)
+    )
+    with torch.no_grad():
+        model.commit(torch.randn(1, 3, 3, 10, 6), torch.randn(1, 2, 12), state=StreamState())
+    # What the layer returned is a view of its tokens.
+    assert held == [False]

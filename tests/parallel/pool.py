@@ -16,6 +16,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 WORLD = 4
+ALL = bool(os.environ.get("LINFUSION_ALL_RANKS"))  # `make parallel`: every case on every number
 LIMIT = 240  # seconds for a job, on a machine that does other things as well
 
 _pool: list[Pool] = []
@@ -60,13 +61,20 @@ class Pool:
         return [found[rank] for rank in range(world)]
 
     def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()  # an idle rank leaves
         for process in self.processes:
+            process.join(2)
             process.kill()
-        for process in self.processes:
             process.join()
         self.folder.cleanup()
         if self in _pool:
             _pool.remove(self)
+
+
+def cases(few: list[Any], more: list[Any]) -> list[Any]:
+    """What a test is run with: the few that hurt most, with `make parallel` the others, too."""
+    return [*few, *more] if ALL else few
 
 
 def run(world: int, job: Callable[..., Any], *args: Any) -> list[Any]:

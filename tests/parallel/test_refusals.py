@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload
 
 import linfusion
+from linfusion.bands.bounded import bounded
 from tests.parallel.pool import run
 from tests.parallel.sharing import mesh_over
 from tests.tiny import denoise, tiny_sd_pipeline, tiny_unet, tiny_vae
@@ -104,6 +105,9 @@ def job(ranks):
     messages["called"] = refused(
         lambda: denoise(unet, sample=torch.full((1, 4, 8, 8), float(ranks.rank)))
     )
+    unet.enable_freeu(0.9, 0.2, 1.2, 1.4)
+    messages["freeu"] = refused(lambda: denoise(unet))
+    unet.disable_freeu()
     messages["grad"] = refused(lambda: unet(torch.zeros(1, 4, 8, 8), 3, torch.zeros(1, 5, 32)))
     linfusion.unparallelize(unet)
     messages["off"] = refused(lambda: linfusion.unparallelize(unet))
@@ -119,6 +123,9 @@ def job(ranks):
     two = flux_inputs(16, 8, img_ids=torch.cat([ids, ids + torch.tensor([1.0, 0, 0])]))
     messages["pictures"] = refused(lambda: flux(**two))
     flux(**flux_inputs())  # and nothing of those calls is left
+    messages["bounded"] = refused(lambda: bounded(flux).__enter__())
+    linfusion.restore(flux)
+    messages["restored"] = refused(lambda: flux(**flux_inputs()))
 
     pipe = linfusion.linearize(tiny_sd_pipeline(), "linfusion")
     linfusion.parallelize(pipe, mesh=mesh)
@@ -137,6 +144,9 @@ def test_calls_that_ranks_cannot_share_are_refused():
             " at most 2 ranks",
             "called": "sample: ranks 0 and 1 have different ones",
             "grad": "gradients are enabled",
+            "freeu": "FreeU is on, which needs whole feature maps",
+            "bounded": "is shared among ranks by its tokens, which bands do not know",
+            "restored": "FluxTransformer2DModel: it was restored while it is parallelized",
             "off": "unparallelize: this UNet2DConditionModel was not given to",
             "mesh": "sp: got 2, but the mesh has 3",
             "world": "sp, cfg: got 3 and 1, 3 in all, for 4 processes",

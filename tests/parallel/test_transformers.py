@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from linfusion.linearize import linearize
 from linfusion.parallel.parallelize import parallelize
 from tests import tiny_video, tiny_video_hosts
-from tests.parallel.pool import run
+from tests.parallel.pool import cases, run
 from tests.parallel.sharing import alone_and_shared, difference, shared
 from tests.tiny_dit import dit_inputs, pixart_inputs, tiny_dit, tiny_pixart
 from tests.tiny_joint import SD35, flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
@@ -51,6 +51,15 @@ CASES = {
         lambda: linearize(tiny_flux(), "clear", radius=2, down_factor=2, proportional=True),
         lambda: flux_inputs(8, 6, batch=2),
     ),
+    "flux controlled": (
+        lambda: linearize(tiny_flux(), "clear", radius=3),
+        lambda: flux_inputs(
+            8,
+            6,
+            controlnet_block_samples=[torch.ones(1, 48, 32).cumsum(1) / 48],
+            controlnet_single_block_samples=[torch.ones(1, 48, 32).cumsum(2) / 32],
+        ),
+    ),
     "sd3": (
         lambda: linearize(tiny_sd3(**SD35), "clear", radius=3),
         lambda: sd3_inputs(9, 6),
@@ -69,6 +78,11 @@ CASES = {
     "wan": (
         lambda: linearize(tiny_wan(num_layers=4), "mate", window=(2, 3, 2)),
         lambda: video(tiny_wan(), (3, 8, 3)),
+    ),
+    # Wan 2.2: a time for every token.
+    "wan ti2v": (
+        lambda: linearize(tiny_wan(), "mate", window=(2, 4, 2)),
+        lambda: video(tiny_wan(), (2, 6, 3), timestep=torch.arange(36.0)[None] * 20),
     ),
     # Rows of 2 ranks are not even a window, pooling rounds up at the last row.
     "sana": (
@@ -102,18 +116,47 @@ CASES = {
 }
 
 
-def video(model, grid):
-    return tiny_video_hosts.inputs(model, grid, batch=1, return_dict=True)
+def video(model, grid, **more):
+    return tiny_video_hosts.inputs(model, grid, batch=1, return_dict=True, **more)
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name, world",
+    cases(
+        [(name, 3) for name in CASES] + [("flux", 4), ("wan", 4), ("wan", 1)],
+        [(name, 2) for name in CASES] + [(name, 4) for name in CASES if name not in "flux wan"],
+    ),
+)
 def test_a_shared_transformer_is_the_one_alone(name, world):
     # Rotary embeddings and norms of diffusers round gradients to float32, of which each rank has
     # its own share. What is ours is held to 1e-10 in test_scan and test_ranks.
     exact = name in ("dit", "pixart", "cogvideox", "lingen")
     for out, grads in run(world, job, name, torch.float64):
         assert out < 1e-10 and grads < (1e-10 if exact else 5e-6)
+
+
+def traces(model):
+    """All that hooks, processors and attributes say about a model."""
+    found = {}
+    for path, module in model.named_modules():
+        hooks = [list(r.values()) for r in (module._forward_hooks, module._forward_pre_hooks)]
+        names = {n for n in module.__dict__ if not isinstance(module.__dict__[n], dict)}
+        found[path] = (hooks, names, getattr(module, "processor", None))
+    return found
+
+
+def undone_job(ranks, name):
+    make, inputs = CASES[name]
+    model = lively(make())
+    before = traces(model)
+    with shared(ranks, model), torch.no_grad():
+        model(**inputs())
+    return before == traces(model)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "dit", "wan", "sana", "cogvideox", "lingen"])
+def test_nothing_of_it_is_left_on_a_model(name):
+    assert all(run(2, undone_job, name))
 
 
 def checkpointed_job(ranks, name):
@@ -142,7 +185,7 @@ def compiled_job(ranks, name):
             return difference(model(**given).sample, alone)
 
 
-@pytest.mark.parametrize("name", ["flux", "pixart"])
+@pytest.mark.parametrize("name", cases(["pixart"], ["flux"]))
 def test_blocks_of_a_shared_model_compile_whole(name):
     assert max(run(2, compiled_job, name)) < 2e-5
 

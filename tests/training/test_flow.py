@@ -1,5 +1,7 @@
 """Distillation of the flow models FLUX and Stable Diffusion 3 into CLEAR."""
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -31,7 +33,7 @@ def settings(tmp_path, **changes):
         for i in range(4):
             tiny_image(i, 32).save(folder / f"{i}.png")
             (folder / f"{i}.txt").write_text(f"picture {i}")
-    return TrainConfig(
+    return TrainConfig.of(
         **{
             "method": "clear",
             "radius": 2,
@@ -51,8 +53,10 @@ def settings(tmp_path, **changes):
 
 def test_a_hybrid_is_trained_as_a_whole_from_where_stage_1_left_it(tmp_path):
     pipe = tiny_flux_pipeline()
-    changes = {"method": "hybrid", "radius": None, "window": "2", "cell": 2}
-    out = distill(settings(tmp_path, **changes), pipeline=pipe)
+    options = {"window": 2.0, "cell": 2, "maps": True}
+    pictures = settings(tmp_path)
+    changes = {"method": "hybrid", "options": options}
+    out = distill(dataclasses.replace(pictures, **changes), pipeline=pipe)
     student = load_file(out / WEIGHTS)
     assert any(".hybrid.map_k." in name for name in student)
     linfusion.linearize(pipe, weights=out)
@@ -215,7 +219,7 @@ def test_the_layers_compared_are_every_fourth_single_block():
         ({"radius": 0}, "radius: got 0, expected a number above 0"),
         ({"projection_mid_dim": 8}, "projection_mid_dim: given, but only method 'linfusion'"),
         ({"method": "linfusion", "radius": None}, "model_or_pipe: FluxTransformer2DModel has no"),
-        ({"method": "lin"}, "method: got 'lin', accepted are linfusion, clear"),
+        ({"method": "lin"}, "method: got 'lin', accepted are linfusion, "),
         ({"feature_layers": ("down_blocks",)}, "feature_layers: 'down_blocks' selects"),
         ({"resolution": 30}, "resolution: got 30x30, accepted are multiples of 4"),
         ({"guidance_embedding": -1.0}, "guidance_embedding: got -1.0"),
@@ -224,4 +228,18 @@ def test_the_layers_compared_are_every_fourth_single_block():
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         distill(settings(tmp_path, **changes), pipeline=tiny_flux_pipeline())
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("host, changes, said", [
+    ("flux", {"in_channels": 24, "out_channels": 8}, "takes 24 channels and predicts 8"),
+    ("sd3", {"in_channels": 8, "out_channels": 4}, "takes 8 channels and predicts 4"),
+])  # fmt: skip
+def test_a_model_that_is_also_given_a_picture_is_refused_before_anything_is_written(
+    tmp_path, host, changes, said
+):
+    pipe = PIPELINES[host]()
+    pipe.transformer.register_to_config(**changes)  # as of FLUX Fill
+    with pytest.raises(ValueError, match=f"pretrained_model_name_or_path: .*{said}.*from text"):
+        distill(settings(tmp_path), pipeline=pipe)
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()

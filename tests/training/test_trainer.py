@@ -32,7 +32,7 @@ def settings(tmp_path, **changes):
         for i in range(6):
             tiny_image(i, 32).save(folder / f"{i}.png")
             (folder / f"{i}.txt").write_text(f"picture {i}")
-    return TrainConfig(
+    return TrainConfig.of(
         **{
             "train_data_dir": str(folder),
             "output_dir": str(tmp_path / "out"),
@@ -222,7 +222,7 @@ def test_a_run_that_failed_leaves_the_next_one_its_own_precision(tmp_path):
     broken = tmp_path / "pictures" / "0.png"
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(OSError, match="truncated"):
+    with pytest.raises(ValueError, match=r"train_data_dir: .*0\.png.*truncated"):
         distill(config, pipeline=tiny_sd_pipeline())
     broken.write_bytes(whole)
     distill(
@@ -354,3 +354,17 @@ def test_a_failed_run_gives_the_unet_back(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         distill(settings(tmp_path), pipeline=pipe)
     assert torch.equal(run(pipe), before)
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"in_channels": 9}, "takes 9 channels and predicts 4"),
+    ({"num_class_embeds": 10}, "conditioned by num_class_embeds=10"),
+    ({"class_embed_type": "timestep"}, "conditioned by class_embed_type='timestep'"),
+    ({"addition_embed_type": "text"}, "conditioned by addition_embed_type='text'"),
+])  # fmt: skip
+def test_a_unet_that_is_given_more_than_text_is_refused_before_the_cache(tmp_path, changes, said):
+    pipe = tiny_sd_pipeline()
+    pipe.unet.register_to_config(**changes)  # as of inpainting, upscaling, unCLIP
+    with pytest.raises(ValueError, match=f"pretrained_model_name_or_path: .*{said}"):
+        distill(settings(tmp_path), pipeline=pipe)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()

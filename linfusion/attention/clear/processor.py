@@ -51,8 +51,8 @@ class CLEARProcessor(Processor):
                 first.
             encoder_hidden_states: text tokens [B, T, C], or None.
             attention_mask: must be None.
-            image_rotary_emb: `RotaryTable`, for FLUX.
-            image_grids: for Stable Diffusion 3, which has no rotary table.
+            image_rotary_emb: (cos, sin), each [T + N, D], for FLUX.
+            image_grids: of the image tokens, where the table does not say it.
 
         Returns:
             Image and text tokens where there are `encoder_hidden_states`, else tokens as they came.

@@ -1,7 +1,9 @@
 """Where the tokens of a model lie: read when the model is called, handed to its attention layers.
 
 The grid travels with the arguments of the blocks, not beside them: a model may be called at any
-number of sizes, and what gradient checkpointing computes again has the grid it had.
+number of sizes, from several threads at once, and what gradient checkpointing computes again has
+the grid it had. Hooks sit on the model itself and on its table of positions, which no adapter and
+no quantisation replaces, and remember nothing of a call.
 
 Without gradients the tokens also go through the transformers in tile order, in which kernels find a
 window's keys together. Everything there but attention acts on single tokens, so this is a
@@ -14,6 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -26,14 +29,13 @@ from linfusion.attention.grids.local import SHARED
 from linfusion.kernels import TileOrder
 
 HOSTS = ("FluxTransformer2DModel", "FluxControlNetModel", "SD3Transformer2DModel")
+CONTROLNET = "FluxControlNetModel"  # its blocks take no arguments but the rotary table
 
-# On a model while it is attached, on its pos_embed during a forward, and the name of the argument
-# that Stable Diffusion 3's blocks pass on.
-_FACTORS = "_linfusion_down_factors"
-_PENDING = "_linfusion_pending"
-_THETA = "_linfusion_theta"
-_NTK = "_linfusion_ntk"
 ARGUMENT = "image_grids"
+_ARGUMENTS = "joint_attention_kwargs"  # the hosts' own name
+
+# Of a call, from its beginning to its embedding of positions.
+_TOLD: ContextVar[Grids | None] = ContextVar("linfusion_grids", default=None)
 
 
 @dataclass(frozen=True)
@@ -107,18 +109,17 @@ def attach(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
         raise ValueError(
             f"ntk: got {ntk.pop()}; {type(model).__name__} has no rotary embedding, so only 1"
         )
-    setattr(model, _FACTORS, sorted({setting["down_factor"] for setting in settings.values()}))
+    factors = tuple(sorted({setting["down_factor"] for setting in settings.values()}))
+    model.register_forward_pre_hook(_Begin(factors), with_kwargs=True)
     pos_embed: Any = model.pos_embed
-    pos_embed.register_forward_hook(_hand_on, always_call=True)
-    if hasattr(model, "proj_out"):  # a ControlNet has none: it stays in raster order
-        model.get_submodule("proj_out").register_forward_hook(_undo)
-    if rotary:
-        model.register_forward_pre_hook(_read_ids, with_kwargs=True)
-        if ntk != {1.0}:
-            setattr(pos_embed, _NTK, ntk.pop())
-            pos_embed.register_forward_pre_hook(_stretch)
-        return
-    model.register_forward_pre_hook(_read_latent, with_kwargs=True)
+    if not rotary:
+        pos_embed.register_forward_hook(_order_patches)
+    elif ntk != {1.0}:
+        pos_embed.register_forward_hook(_Stretch(pos_embed, ntk.pop()))
+    if _is_controlnet(model):
+        pos_embed.register_forward_hook(_hand_on)
+    else:
+        model.register_forward_hook(_finish, with_kwargs=True)
     for path, module in model.named_modules():
         if path not in settings and hasattr(module, "set_processor"):
             module.register_forward_pre_hook(_drop, with_kwargs=True)
@@ -126,17 +127,13 @@ def attach(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`; nothing is left."""
-    hooks = (_read_ids, _stretch, _hand_on, _undo, _read_latent, _drop)
     for module in model.modules():
         for registry in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(registry.items()):
-                if hook in hooks:
+                if isinstance(hook, (_Begin, _Stretch)) or hook in _HOOKS:
                     del registry[key]
-                    for kept in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+                    for kept in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"):
                         getattr(module, kept).pop(key, None)
-        for name in (_FACTORS, _NTK, _PENDING):
-            if name in module.__dict__:
-                delattr(module, name)
 
 
 def _once_a_tensor(read: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -145,7 +142,8 @@ def _once_a_tensor(read: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
 
     @functools.wraps(read)
     def once(ids: Tensor) -> Any:
-        if ids.is_inference():  # nobody counts what is done to such a tensor
+        # Nobody counts what is done to a tensor of inference mode.
+        if ids.is_inference() or torch.compiler.is_compiling():
             return read(ids)
         version, found = known.get(ids, (None, None))
         if version != ids._version:
@@ -197,55 +195,65 @@ def grids_of(ids: Tensor) -> tuple[Grids, Tensor]:
     return Grids(tuple(sizes), (None,) * len(sizes)), torch.cat(exact)
 
 
-def _read_ids(model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
-    """Before FLUX: the grids of its tokens, or an error before any work is done.
+class _Begin:
+    """Before the model: the grids of its tokens go with the arguments, or an error before any work.
 
-    Positions go on exact: rounded, tokens beyond the 256th row or column share them in pairs.
+    Args:
+        factors: `down_factor` of its layers, each of which has to divide every grid.
     """
-    given = _named(model, args, kwargs)
-    _refuse_unknown(given.get("joint_attention_kwargs"))
-    ids, x = given["img_ids"], given["hidden_states"]
-    ids = ids[0] if ids.ndim == 3 else ids
-    grids, exact = grids_of(ids)
-    if x.shape[1] != grids.tokens:
-        raise ValueError(
-            f"img_ids: they describe {grids.sizes}, {grids.tokens} tokens, but hidden_states has"
-            f" {x.shape[1]}"
-        )
-    grids = _announce(model, grids)
-    given |= {"img_ids": grids.permute(exact.to(ids.device), 0), "hidden_states": grids.permute(x)}
-    for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
-        if given.get(name) is not None:
-            given[name] = [grids.permute(sample) for sample in given[name]]
-    return (), given
 
+    def __init__(self, factors: tuple[int, ...]) -> None:
+        self.factors = factors
 
-def _read_latent(model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
-    """Before Stable Diffusion 3: the grid of its patches, handed on among the arguments."""
-    given = _named(model, args, kwargs)
-    arguments = given.get("joint_attention_kwargs")
-    _refuse_unknown(arguments)
-    height, width = given["hidden_states"].shape[-2:]
-    patch = model.config.patch_size
-    grids = _announce(model, Grids(((height // patch, width // patch),), (None,)))
-    given["joint_attention_kwargs"] = {**(arguments or {}), ARGUMENT: grids}
-    if given.get("block_controlnet_hidden_states") is not None:
-        samples = given["block_controlnet_hidden_states"]
-        given["block_controlnet_hidden_states"] = [grids.permute(sample) for sample in samples]
-    return (), given
+    def __call__(self, model: Any, args: Any, kwargs: Any) -> tuple[tuple[()], dict[str, Any]]:
+        given = _named(model, args, kwargs)
+        arguments = given.get(_ARGUMENTS)
+        _refuse_unknown(arguments)
+        grids = self._read_ids(model, given) if "img_ids" in given else self._read(model, given)
+        given[_ARGUMENTS] = {**(arguments or {}), ARGUMENT: grids}
+        _TOLD.set(grids)
+        for name in (
+            "block_controlnet_hidden_states",
+            "controlnet_block_samples",
+            "controlnet_single_block_samples",
+        ):
+            if given.get(name) is not None:
+                given[name] = [grids.permute(sample) for sample in given[name]]
+        return (), given
 
+    def _read_ids(self, model: Any, given: dict[str, Any]) -> Grids:
+        """Of FLUX.
 
-def _announce(model: Any, grids: Grids) -> Grids:
-    """Decide the order of this call's tokens, and tell the first and last layer of it."""
-    for factor in getattr(model, _FACTORS):
-        refuse_undivided(factor, grids.sizes)
-    shared = hasattr(model, SHARED)  # by rows, and a rank's tiles are not those of the picture
-    if hasattr(model, "proj_out") and not torch.is_grad_enabled() and not shared:
-        grids = replace(grids, orders=tuple(TileOrder(size) for size in grids.sizes))
-    setattr(model.pos_embed, _PENDING, grids)
-    if hasattr(model, "proj_out"):
-        setattr(model.proj_out, _PENDING, grids)
-    return grids
+        Positions go on exact: rounded, tokens beyond the 256th row or column share them in pairs.
+        """
+        ids, x = given["img_ids"], given["hidden_states"]
+        ids = ids[0] if ids.ndim == 3 else ids
+        grids, exact = grids_of(ids)
+        if x.shape[1] != grids.tokens:
+            raise ValueError(
+                f"img_ids: they describe {grids.sizes}, {grids.tokens} tokens, but hidden_states"
+                f" has {x.shape[1]}"
+            )
+        grids = self._ordered(model, grids)
+        given["img_ids"] = grids.permute(exact.to(ids.device), 0)
+        given["hidden_states"] = grids.permute(x)
+        return grids
+
+    def _read(self, model: Any, given: dict[str, Any]) -> Grids:
+        """Of Stable Diffusion 3: the grid of its patches."""
+        height, width = given["hidden_states"].shape[-2:]
+        patch = model.config.patch_size
+        return self._ordered(model, Grids(((height // patch, width // patch),), (None,)))
+
+    def _ordered(self, model: Any, grids: Grids) -> Grids:
+        """With the order of this call's tokens."""
+        for factor in self.factors:
+            refuse_undivided(factor, grids.sizes)
+        # What a ControlNet returns is for a model that has an order of its own; and by rows, a
+        # rank's tiles are not those of the picture.
+        if _is_controlnet(model) or hasattr(model, SHARED) or torch.is_grad_enabled():
+            return grids
+        return replace(grids, orders=tuple(TileOrder(size) for size in grids.sizes))
 
 
 def refuse_undivided(factor: int, sizes: Iterable[Sequence[int]]) -> None:
@@ -263,40 +271,68 @@ def refuse_undivided(factor: int, sizes: Iterable[Sequence[int]]) -> None:
             )
 
 
-def _stretch(pos_embed: Any, args: Any) -> None:
-    """Before the rotary table: the base of its frequencies for this call."""
-    setattr(pos_embed, _THETA, pos_embed.theta)
-    pos_embed.theta = pos_embed.theta * getattr(pos_embed, _NTK)
+def factors_of(model: nn.Module) -> tuple[int, ...]:
+    """The `down_factor`s of the layers of a model that `attach` was called with."""
+    hooks = model._forward_pre_hooks.values()
+    return next(hook.factors for hook in hooks if isinstance(hook, _Begin))
 
 
-def _hand_on(pos_embed: Any, args: Any, output: Any) -> Any:
-    """After the embedding of positions, also after an error.
+class _Stretch:
+    """After FLUX's rotary table: that of a longer base. The model's own base is not touched.
 
-    FLUX's rotary table gets its own base back and takes the grids to every block; the patches of
-    Stable Diffusion 3, which come as a picture, are put in order.
+    Args:
+        pos_embed: the table of the model.
+        ntk: by which its base is multiplied.
     """
-    if hasattr(pos_embed, _THETA):
-        pos_embed.theta = getattr(pos_embed, _THETA)
-        delattr(pos_embed, _THETA)
-    grids = getattr(pos_embed, _PENDING, None)
-    if grids is None or output is None:
-        return output
-    delattr(pos_embed, _PENDING)
-    return grids.permute(output) if isinstance(output, Tensor) else RotaryTable(output, grids)
+
+    def __init__(self, pos_embed: Any, ntk: float) -> None:
+        self.table = type(pos_embed)(pos_embed.theta * ntk, pos_embed.axes_dim)
+
+    def __call__(self, pos_embed: Any, args: Any, output: Any) -> Any:
+        return self.table(*args)
 
 
-def _undo(proj_out: Any, args: Any, output: Tensor) -> Tensor:
-    """After the last layer: tokens as they came."""
-    grids = getattr(proj_out, _PENDING, None)
-    if grids is None:
+def _hand_on(pos_embed: Any, args: Any, output: Any) -> RotaryTable:
+    """After a ControlNet's rotary table, which takes the grids to every block."""
+    grids = _TOLD.get()
+    assert grids is not None  # the model's hook ran before
+    return RotaryTable(output, grids)
+
+
+def _order_patches(pos_embed: Any, args: Any, output: Tensor) -> Tensor:
+    """After the patches of Stable Diffusion 3, which come as a picture: in order."""
+    grids = _TOLD.get()
+    assert grids is not None  # the model's hook ran before
+    return grids.permute(output)
+
+
+def _finish(model: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    """After the model: tokens as they came."""
+    grids: Grids = kwargs[_ARGUMENTS][ARGUMENT]
+    if grids.orders == (None,) * len(grids.orders):
         return output
-    delattr(proj_out, _PENDING)
-    return grids.undo(output)
+    sample = output[0]
+    if "img_ids" in kwargs:
+        sample = grids.undo(sample)
+    else:
+        (height, width), patch = grids.sizes[0], model.config.patch_size
+        tokens = sample.unflatten(3, (width, patch)).unflatten(2, (height, patch))
+        tokens = grids.undo(tokens.permute(0, 2, 4, 1, 3, 5).flatten(1, 2))
+        tokens = tokens.unflatten(1, (height, width)).permute(0, 3, 1, 4, 2, 5)
+        sample = tokens.flatten(4, 5).flatten(2, 3)
+    return (sample, *output[1:]) if isinstance(output, tuple) else type(output)(sample=sample)
+
+
+def _is_controlnet(model: nn.Module) -> bool:
+    return any(kind.__name__ == CONTROLNET for kind in type(model).__mro__)
 
 
 def _drop(attn: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[str, Any]]:
     """Before a layer that was not taken: it would warn of an argument it does not know."""
     return args, {name: value for name, value in kwargs.items() if name != ARGUMENT}
+
+
+_HOOKS = (_finish, _hand_on, _order_patches, _drop)
 
 
 def _named(model: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -88,6 +88,24 @@ class FusedLayer(nn.Module):
             self.out.weight.copy_(out.weight)
             self.out.bias.copy_(torch.zeros_like(self.out.bias) if out.bias is None else out.bias)
         self.to(device, dtype).requires_grad_(False).eval()
+        self._made_of = {name: _seen(p) for name, p in _sources(attn)}
+
+    def is_stale(self, attn: Attention, *, look: bool = False) -> bool:
+        """Whether the layer's own weights are no longer those this was made of.
+
+        Args:
+            attn: the layer.
+            look: at the numbers, too; else only where autograd counted a change.
+        """
+        for name, parameter in _sources(attn):
+            version, dtype, total = self._made_of[name]
+            if parameter.is_meta or (not look and _version(parameter) == version):
+                continue  # offloaded, it waits elsewhere
+            now = _seen(parameter)
+            if now[1:] != (dtype, total):
+                return True
+            self._made_of[name] = now
+        return False
 
     def forward(self, x: Tensor, key_weight: Tensor | None = None) -> Tensor:
         """[B, N, C] -> [B, N, C], the output projection and its bias included."""
@@ -160,6 +178,26 @@ class _Affine:
             self.hidden = [_double(mlp.first)]
             self.last = weight @ last
             self.direct = (weight, bias + weight @ last_bias)
+
+
+def _sources(attn: Attention) -> list[tuple[str, nn.Parameter]]:
+    modules: list[Any] = [attn.to_q, attn.to_k, attn.to_v]
+    if attn.to_out is not None:
+        modules.append(attn.to_out[0])
+    return [
+        (f"{index}.{name}", parameter)
+        for index, module in enumerate(modules)
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _seen(parameter: Tensor) -> tuple[int, torch.dtype, float]:
+    """The version of a parameter, its dtype, and a sum that changes when a number does."""
+    return _version(parameter), parameter.dtype, float(parameter.detach().double().sum())
 
 
 def _double(linear: nn.Linear) -> tuple[Tensor, Tensor]:

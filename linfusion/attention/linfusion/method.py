@@ -29,9 +29,20 @@ class Maps:
     Args:
         projection_mid_dim: hidden channels of a fresh learned part; None is as many as the layer
             has, -1 none.
+
+    Raises:
+        ValueError: a value that is out of range.
     """
 
     projection_mid_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        mid = self.projection_mid_dim
+        if mid is not None and (type(mid) is not int or not (mid == -1 or mid > 0)):
+            raise ValueError(
+                f"projection_mid_dim: got {mid!r}, expected None (as many as the layer has), -1 (no"
+                " MLP) or a positive number of channels"
+            )
 
 
 def _mid(attn: Attention, projection_mid_dim: int | None) -> int:

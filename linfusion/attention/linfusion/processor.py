@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
 FUSED = "linfusion_fused"
+STALE = (
+    "attn: its weights were changed after linfusion.fuse (a LoRA merged into them, or others"
+    " loaded), which would have no effect; call linfusion.unfuse, then linfusion.fuse again"
+)
 
 
 _warned_undistilled = False
@@ -78,7 +82,7 @@ class LinFusionProcessor(SelfAttentionProcessor):
         weight = None if attention_mask is None else key_weight(attention_mask, tokens)
         fused = getattr(attn, FUSED, None)
         if fused is not None:
-            _refuse_unfusable(attn, context)
+            _refuse_unfusable(attn, fused, context)
             return attn.to_out[1](fused(x, weight))
         context = x if context is None else context
         child = getattr(attn, NAME, None)
@@ -131,7 +135,7 @@ class LinFusionPAGCFGProcessor(LinFusionPAGProcessor):
     _parts = 3
 
 
-def _refuse_unfusable(attn: Attention, context: Tensor | None) -> None:
+def _refuse_unfusable(attn: Attention, fused: Any, context: Tensor | None) -> None:
     """A fused layer computes from copies; what these cannot follow is an error."""
     if context is not None:
         raise ValueError(
@@ -142,14 +146,16 @@ def _refuse_unfusable(attn: Attention, context: Tensor | None) -> None:
         raise ValueError(
             "attn: a fused layer cannot be trained; call linfusion.unfuse, or model.eval()"
         )
-    for name in ("to_q", "to_k", "to_v"):
-        module = getattr(attn, name)
+    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+        module = attn.get_submodule(name)
         if type(module) is not nn.Linear:
             raise ValueError(
                 f"attn: {name} became a {type(module).__module__}.{type(module).__name__} after"
                 " linfusion.fuse (a LoRA?),"
                 " which would have no effect; call linfusion.unfuse first"
             )
+    if not torch.compiler.is_compiling() and fused.is_stale(attn):
+        raise ValueError(STALE)
 
 
 def _warn_undistilled() -> None:

@@ -34,7 +34,8 @@ from linfusion.kernels.window_attention.triton.launch import (
 
 __all__ = ["Launch", "Target", "join", "window_sum", "window_sum_backward"]
 
-JOINED = 64  # tokens of a program that joins
+# Tokens of a program that joins; on AMD two warps share them in instructions of 32 rows.
+JOINED, JOINED_ON_AMD = 32, 64
 READ = 32  # features that it takes at a time
 
 
@@ -148,9 +149,10 @@ def _plan(
 @lru_cache(maxsize=256)
 def _join_plan(target: Target, dtype: torch.dtype, d: int, where: Layouts) -> Plan:
     batch, tokens, heads, features = where[0][1]
-    step = step_of(target, "fwd", d, dtype)._replace(held=JOINED, stages=1)
+    held = JOINED_ON_AMD if target.vendor == "hip" else JOINED
+    step = step_of(target, "fwd", d, dtype)._replace(held=held, stages=1)
     align, strides = strided(where)
     args: dict[str, Any] = {"tokens": tokens, "heads": heads, "F": features, "BF": READ}
     args |= strides
     args |= dots(d, step, align, target, dtype)
-    return Plan(batch * heads * triton.cdiv(tokens, JOINED), step, args, {})
+    return Plan(batch * heads * triton.cdiv(tokens, held), step, args, {})

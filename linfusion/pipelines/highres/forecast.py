@@ -215,27 +215,25 @@ def run_once(
 
     A dry run makes no large tensor; without a budget it counts what there is without bands.
     """
+    share = memory.share(what, stage.height, stage.width)
+    latents = None
     with Hollow() if dry else contextlib.nullcontext():
-        share = memory.share(what, stage.height, stage.width)
-        latents = None
         if stage.strength is not None or what != "denoise":
             make = torch.zeros if dry else torch.randn
             shape = (1, pipe.vae.config.latent_channels, *latent_size(pipe, stage))
             latents = make(shape).to(pipe._execution_device, latents_dtype(pipe))
         if what == "denoise":
             return _one_step(pipe, sibling, job, share, scratch, stage, latents, dry=dry)
-        ledger = Ledger(weights_bytes=memory.of_vae)
-        with Clock(pipe._execution_device) as clock:
-            if what == "decode":
-                assert latents is not None
-                for _ in decode_rows(
-                    pipe.vae, latents, memory_budget=share, ledger=ledger, dry=dry
-                ):
-                    pass
-            else:
-                picture = np.broadcast_to(np.uint8(127), (stage.height, stage.width, 3))
-                encode_rows(pipe.vae, picture, memory_budget=share, ledger=ledger, dry=dry)
-        return ledger, clock.seconds
+        assert latents is not None
+    ledger = Ledger(weights_bytes=memory.of_vae)
+    with Clock(pipe._execution_device) as clock:
+        if what == "decode":
+            for _ in decode_rows(pipe.vae, latents, memory_budget=share, ledger=ledger, dry=dry):
+                pass
+        else:
+            picture = np.broadcast_to(np.uint8(127), (stage.height, stage.width, 3))
+            encode_rows(pipe.vae, picture, memory_budget=share, ledger=ledger, dry=dry)
+    return ledger, clock.seconds
 
 
 class Clock:

@@ -198,9 +198,8 @@ class HighResPipeline:
             check_disk(self.pipe, job, state)
             about = about_run(self.pipe, job, generator)
             decisive = {} if state is None else what_decides(self.pipe, job, generator, about)
-            kept = State(state, decisive, resume=resume)
             tensors = list(callback_on_step_end_tensor_inputs)
-            with progress(self.pipe, job) as bar:
+            with State(state, decisive, resume=resume) as kept, progress(self.pipe, job) as bar:
                 latents, stopped = self._latents(
                     job, generator, kept, bar, callback_on_step_end, tensors
                 )

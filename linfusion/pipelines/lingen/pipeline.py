@@ -375,6 +375,7 @@ class LinGenPipeline(Running, DiffusionPipeline):
                 del latents, z  # not held with the next block
                 yield from frames
         finally:
+            session.close()
             self.maybe_free_model_hooks()
 
     def _prepare(self, prompt: Any, **call: Any) -> Clip:

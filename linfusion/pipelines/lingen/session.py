@@ -4,7 +4,7 @@
     session.safetensors      after the last block: the past of each side, the decoder's memory
     block-00000.safetensors  latents of a block: the only files whose number grows
 
-Every file is written under another name, flushed to the disk and renamed, the session last.
+Every file is sealed (`linfusion.files.whole_files`), and the session is written last.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 from linfusion.attention.grids.local import SHARED
 from linfusion.pipelines.highres.record import digest_of, fingerprint
 from linfusion.pipelines.lingen.denoise import Clip
+from linfusion.pipelines.lingen.latents import first_frame
 from linfusion.pipelines.lingen.streaming_vae import StreamingVAEDecoder
-from linfusion.pipelines.state import State, pack_values, unpack
+from linfusion.pipelines.state import State, pack_values, parameters_of, unpack
 
 _SIDES = ("wanted", "unwanted")
 
@@ -57,11 +58,21 @@ class Session:
         if not self.writes and not resume:
             folder = None
         parameters = {} if folder is None else _what_decides(pipe, clip, about)
+        if resume and folder is not None:
+            _refuse_other_length(folder, clip, pipe.vae)
         self.state = State(folder, parameters, resume=resume)
         self.clip, self.done = clip, 0
         self._decoder: dict[str, Any] | None = None
-        if (found := self.state.read("session")) is not None:
-            self._go_on(*found, pipe)
+        try:
+            if (found := self.state.read("session")) is not None:
+                self._go_on(*found, pipe)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other runs into the folder."""
+        self.state.close()
 
     def open_decoder(self, vae: Any) -> StreamingVAEDecoder:
         """A decoder that goes on after the blocks that are done."""
@@ -116,6 +127,22 @@ class Session:
                     f"state: {what} is at latent frame {position}; {done} blocks end at {latents}"
                 )
         self.done, self._decoder = done, decoder
+
+
+def _refuse_other_length(folder: str | Path, clip: Clip, vae: Any) -> None:
+    """Say in frames what `State` would say in blocks.
+
+    Raises:
+        ValueError: the folder holds a video that is shorter or longer.
+    """
+    blocks = parameters_of(folder).get("blocks")
+    if isinstance(blocks, list) and blocks != list(clip.blocks):
+        there, wanted = (first_frame(vae, sum(b)) for b in (blocks, clip.blocks))
+        raise ValueError(
+            f"state: {folder} holds another video: its blocks make {there} frames, these {wanted};"
+            " accepted is the same length, and a video that is finished can be the beginning of a"
+            " longer one (video=, on the command line --continue)"
+        )
 
 
 def _what_decides(pipe: Any, clip: Clip, about: dict[str, Any]) -> dict[str, Any]:

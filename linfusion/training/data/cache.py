@@ -1,14 +1,11 @@
 """Latents and text states, computed once and kept on disk in safetensors.
 
-A cache is a folder named by a hash of all that its content depends on; its files are written under
-another name and then renamed, so a file that exists is whole. Rows are memory-mapped.
+A cache is a folder named by a hash of all that its content depends on (`rows` fills it).
 """
 
-import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,17 +17,15 @@ from diffusers.training_utils import (
     parse_buckets_string,
 )
 from PIL import ImageOps
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from linfusion.pipelines.arguments import text_length
 from linfusion.training.config import TrainConfig
-from linfusion.training.data.pictures import Example, digest, fit, read_prompts, rgb
+from linfusion.training.data.pictures import Example, digest, fit, read_prompts
+from linfusion.training.data.rows import Rows, cached_rows
 from linfusion.training.teachers.base import Teacher
 
 Size = tuple[int, int]
-ROWS = 512  # of a file
 
 
 class Item(NamedTuple):
@@ -40,61 +35,6 @@ class Item(NamedTuple):
     flip: bool
     height: int
     width: int
-
-
-class Rows:
-    """Rows of equal tensors by name, spread over files of `ROWS` rows."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = [load_file(file) for file in files]
-
-    def __len__(self) -> int:
-        return sum(len(next(iter(file.values()))) for file in self._files)
-
-    def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """{name: [len(indices), ...]}"""
-        return {
-            name: torch.stack([self._files[i // ROWS][name][i % ROWS] for i in indices])
-            for name in self._files[0]
-        }
-
-
-def cached_rows(
-    folder: Path,
-    total: int,
-    compute: Callable[[range], dict[str, Tensor]],
-    *,
-    batch_size: int,
-    description: str,
-) -> Rows:
-    """The rows 0..total of a cache folder; those not yet on disk are computed.
-
-    Args:
-        folder: named by the content's hash.
-        total: number of rows.
-        compute: rows -> {name: [len(rows), ...]}; called for at most `batch_size` rows.
-        batch_size: rows computed at a time.
-        description: of the progress bar.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, total, ROWS)
-    files = [folder / f"{start:09d}.safetensors" for start in starts]
-    if all(file.exists() for file in files):
-        return Rows(files)
-    with tqdm(total=total, desc=description) as bar:
-        for start, file in zip(starts, files, strict=True):
-            end = min(start + ROWS, total)
-            if not file.exists():
-                parts = [
-                    compute(range(i, min(i + batch_size, end)))
-                    for i in range(start, end, batch_size)
-                ]
-                rows = {k: torch.cat([p[k] for p in parts]).contiguous() for k in parts[0]}
-                partial = file.with_suffix(f".{os.getpid()}.tmp")
-                save_file(rows, partial)
-                os.replace(partial, file)
-            bar.update(end - start)
-    return Rows(files)
 
 
 def module_digest(*modules: nn.Module) -> str:
@@ -150,8 +90,8 @@ def plan_items(
         for level in levels:
             h, w = level[0]
             if len(level) > 1:
-                with example.open() as image:
-                    h, w = level[find_nearest_bucket(image.height, image.width, level)]
+                width, height = example.size()
+                h, w = level[find_nearest_bucket(height, width, level)]
             items += [
                 Item(i, flip, h, w) for flip in ((False, True) if config.random_flip else (False,))
             ]
@@ -175,8 +115,7 @@ def picture_latents(
     def encode(items: Sequence[Item]) -> dict[str, Tensor]:
         pixels, time_ids = [], []
         for item in items:
-            with examples[item.example].open() as opened:
-                image = rgb(opened)
+            image = examples[item.example].open()
             original = image.height, image.width
             image = fit(image, item.height, item.width, config.image_interpolation_mode)
             image = ImageOps.mirror(image) if item.flip else image

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from linfusion.attention.grids import video as volumes
+from linfusion.files.whole_files import save_tensors, writable_folder, writing
 from linfusion.pipelines.arguments import pixel_multiple
-from linfusion.training.config import TrainConfig, writable_folder
+from linfusion.training.config import TrainConfig
 from linfusion.training.data.cache import TrainingSet
 from linfusion.training.data.pictures import caption_beside
 from linfusion.training.teachers.base import Batch, Teacher
@@ -103,15 +103,10 @@ def encode_clips(
             encoded = vae.encode(pixels)
         found = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
         mean, std = latent_statistics(vae)
-        latents = ((found - mean.to(found)) / std.to(found))[0].cpu().contiguous()
         path = folder / f"{number:06d}.safetensors"
-        for target, write in (
-            (path.with_suffix(".txt"), lambda file, text=caption: file.write_text(text)),
-            (path, lambda file, x=latents: save_file({KEY: x}, file)),
-        ):
-            partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-            write(partial)
-            os.replace(partial, target)
+        with writing(path.with_suffix(".txt")) as file:
+            file.write(caption.encode())
+        save_tensors(path, {KEY: ((found - mean.to(found)) / std.to(found))[0]})
         paths.append(path)
     return paths
 

@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence
+from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from linfusion.files.video_reader import count_frames, frames
 from linfusion.pipelines.lingen.latents import encode_clip, latent_frames, ratios
 from linfusion.training.config import TrainConfig
 from linfusion.training.data.cache import module_digest, text_states
-from linfusion.training.data.pictures import IMAGE_SUFFIXES, captioned_files, digest, fit
+from linfusion.training.data.pictures import (
+    IMAGE_SUFFIXES,
+    captioned_files,
+    digest,
+    file_digest,
+    fit,
+)
+from linfusion.training.data.rows import filled
+from linfusion.training.data.schedule import Stage
 from linfusion.training.teachers.lingen import LinGenHost
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mov", ".mkv", ".avi")
 SUFFIXES = (*IMAGE_SUFFIXES, ".gif", *VIDEO_SUFFIXES)
-STILLS = 0.25  # of the batches
-
-
-class Stage(NamedTuple):
-    """So many steps on clips of so many frames and pixels a side."""
-
-    steps: int
-    frames: int
-    size: int
 
 
 @dataclass(frozen=True)
 class Film:
-    """A clip, or a picture, which has one frame; its caption, and a hash of its content."""
+    """A clip, or a picture, which has one frame; its caption, and what its content goes by."""
 
     path: Path
     caption: str
@@ -48,14 +44,9 @@ class Film:
 
     def pictures(self, stride: int) -> Iterator[Image.Image]:
         """Every `stride`-th frame."""
-        for i, frame in enumerate(_frames(self.path)):
+        for i, frame in enumerate(frames(self.path, "train_data_dir")):
             if i % stride == 0:
-                yield frame
-
-
-def stages(schedule: str) -> list[Stage]:
-    """Of "steps,frames,size;steps,frames,size;..."."""
-    return [Stage(*map(int, part.split(","))) for part in schedule.split(";")]
+                yield Image.fromarray(frame)
 
 
 def film_folder(config: TrainConfig) -> list[Film]:
@@ -74,10 +65,11 @@ def film_folder(config: TrainConfig) -> list[Film]:
         SUFFIXES,
         image_column=config.image_column,
         caption_column=config.caption_column,
+        anywhere=config.metadata_anywhere,
     )
-    stride = config.clip_stride or 1
+    stride = config.options.clip_stride
     return [
-        Film(path, caption, digest(path.read_bytes()), -(-_count(path) // stride))
+        Film(path, caption, file_digest(path), -(-count_frames(path, "train_data_dir") // stride))
         for path, caption in pairs[: config.max_train_samples]
     ]
 
@@ -88,13 +80,12 @@ def check_films(config: TrainConfig, host: LinGenHost, films: Sequence[Film]) ->
     Raises:
         ValueError: it does not; the message names the stage.
     """
-    assert config.clip_schedule is not None
     ratio, patch = ratios(host.pipe.vae)[0], host.model.config.patch_size[0]
     clips = [film for film in films if film.frames > 1]
     if not clips:
         raise ValueError(f"train_data_dir: {config.train_data_dir} has pictures alone, no clip")
     shortest = min(clips, key=lambda film: film.frames)
-    for stage in stages(config.clip_schedule):
+    for stage in config.options.stages:
         where = f"clip_schedule: {','.join(map(str, stage))}"
         if stage.size % host.multiple:
             raise ValueError(f"{where}: the size is no multiple of {host.multiple}")
@@ -129,9 +120,8 @@ class FilmSet:
     def __init__(
         self, config: TrainConfig, host: LinGenHost, films: Sequence[Film], *, processes: int = 1
     ) -> None:
-        assert config.clip_schedule is not None
         self._config, self._films = config, films
-        self._stages = stages(config.clip_schedule)
+        self._stages = config.options.stages
         self._ratio = ratios(host.pipe.vae)[0]
         self._clips = [i for i, film in enumerate(films) if film.frames > 1]
         self._stills = [i for i, film in enumerate(films) if film.frames == 1] or self._clips
@@ -157,8 +147,7 @@ class FilmSet:
         """
         config, stage = self._config, self.stage(number)
         shared = random.Random(f"{config.seed}/{number}")  # every process has the same shape
-        share = STILLS if config.proportion_stills is None else config.proportion_stills
-        still = shared.random() < share
+        still = shared.random() < config.options.proportion_stills
         among = self._stills if still else self._clips
         picked = torch.randint(len(among), (config.train_batch_size,), generator=generator)
         frames = 1 if still else (stage.frames - 1) // self._ratio + 1
@@ -184,14 +173,13 @@ def _encoded(
     config: TrainConfig, host: LinGenHost, films: Sequence[Film], size: int
 ) -> dict[int, Path]:
     """A file with the "latents" [C, T, h, w] of each film, in half precision."""
-    vae, stride = host.pipe.vae, config.clip_stride or 1
+    vae, stride = host.pipe.vae, config.options.clip_stride
     key = f"{module_digest(vae)}|{config.image_interpolation_mode}|{size}|{stride}"
     folder = config.cache_path / f"films-{digest(key)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {i: folder / f"{film.digest}.safetensors" for i, film in enumerate(films)}
-    missing = [i for i, file in files.items() if not file.exists()]
+    files = [folder / f"{film.digest}.safetensors" for film in films]
     ratio = ratios(vae)[0]
-    for i in tqdm(missing, f"latents {size} px", disable=not missing):
+
+    def encode(i: int) -> dict[str, Tensor]:
         fitted = [
             np.asarray(fit(picture, size, size, config.image_interpolation_mode))
             for picture in films[i].pictures(stride)
@@ -199,38 +187,7 @@ def _encoded(
         whole = (len(fitted) - 1) // ratio * ratio + 1
         video = torch.from_numpy(np.stack(fitted[:whole])).permute(3, 0, 1, 2)[None]
         with torch.no_grad():
-            latents = encode_clip(vae, video / 127.5 - 1)[0].half().cpu().contiguous()
-        partial = files[i].with_suffix(f".{os.getpid()}.tmp")
-        save_file({"latents": latents}, partial)
-        os.replace(partial, files[i])
-    return files
+            return {"latents": encode_clip(vae, video / 127.5 - 1)[0].half()}
 
-
-def _frames(path: Path) -> Iterator[Image.Image]:
-    if path.suffix.lower() in VIDEO_SUFFIXES:
-        with _av().open(str(path)) as container:
-            for frame in container.decode(video=0):
-                yield frame.to_image()
-        return
-    with Image.open(path) as image:
-        yield from ImageSequence.Iterator(image)
-
-
-def _count(path: Path) -> int:
-    try:
-        if path.suffix.lower() not in VIDEO_SUFFIXES:
-            with Image.open(path) as image:
-                return int(getattr(image, "n_frames", 1))
-        with _av().open(str(path)) as container:
-            known = container.streams.video[0].frames
-        return known or sum(1 for _ in _frames(path))
-    except (OSError, IndexError) as error:
-        raise ValueError(f"train_data_dir: cannot read {path} ({error})") from error
-
-
-def _av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise ImportError('videos are read with PyAV: pip install "linfusion[video]"') from error
-    return av
+    filled(files, encode, description=f"latents {size} px")
+    return dict(enumerate(files))

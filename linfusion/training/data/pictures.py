@@ -1,33 +1,44 @@
-"""Where pictures and captions come from: image folders, `datasets` sets, WebDataset shards.
+"""Where pictures and captions come from: image folders and `datasets` sets.
 
 Each source is a list of `Example` in a fixed order, so that a position in the data is a number.
+Folders are read here and not by `datasets`, which copies every picture into a cache of its own
+before the first is seen, and names no broken line of metadata.
 """
 
 import csv
-import glob
 import hashlib
 import io
-import itertools
 import json
-import re
-import tarfile
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+
+from linfusion.files.picture_reader import open_noted, size_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture that is opened when asked for, its caption, and a hash of its content."""
+    """A picture that is opened when asked for, and its caption.
+
+    Attributes:
+        open: gives the picture upright, in RGB, what is transparent on white.
+        caption: of it.
+        digest: changes with the picture: a hash of where its file is, how long and how old.
+        size: gives (width, height) of the upright picture, decoding nothing where it can.
+    """
 
     open: Callable[[], Image.Image]
     caption: str
     digest: str
+    size: Callable[[], tuple[int, int]]
 
 
 def image_folder(
@@ -36,6 +47,7 @@ def image_folder(
     image_column: str = "image",
     caption_column: str = "text",
     captions: bool = True,
+    anywhere: bool = False,
     argument: str = "train_data_dir",
 ) -> list[Example]:
     """Pictures of a folder, at any depth, in the order of their paths.
@@ -48,10 +60,12 @@ def image_folder(
         folder: where to look.
         image_column, caption_column: columns of the metadata.
         captions: False takes every picture, with an empty caption.
+        anywhere: whether metadata may name files outside of its folder.
         argument: what errors call the folder.
 
     Raises:
-        ValueError: no such folder, no pictures, or a picture without a caption or file.
+        ValueError: no such folder, no pictures, a picture without a caption or file, or metadata
+            that cannot be read; the message names the file and the line.
     """
     pairs = captioned_files(
         folder,
@@ -59,10 +73,16 @@ def image_folder(
         image_column=image_column,
         caption_column=caption_column,
         captions=captions,
+        anywhere=anywhere,
         argument=argument,
     )
     return [
-        Example(partial(Image.open, path), caption, digest(path.read_bytes()))
+        Example(
+            partial(opened, path, argument, path),
+            caption,
+            file_digest(path),
+            partial(size_of, path),
+        )
         for path, caption in pairs
     ]
 
@@ -74,6 +94,7 @@ def captioned_files(
     image_column: str = "image",
     caption_column: str = "text",
     captions: bool = True,
+    anywhere: bool = False,
     argument: str = "train_data_dir",
 ) -> list[tuple[Path, str]]:
     """Files of some kinds and their captions, found as `image_folder` finds them.
@@ -89,7 +110,7 @@ def captioned_files(
         pairs = [
             pair
             for m in metadata
-            for pair in _metadata_pairs(m, image_column, caption_column, argument)
+            for pair in _metadata_pairs(m, image_column, caption_column, anywhere, argument)
         ]
     else:
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
@@ -125,38 +146,15 @@ def datasets_set(
             )
     captions = [c if isinstance(c, str) else c[0] for c in rows[caption_column]]
     return [
-        # The set's own fingerprint names its content without decoding every picture.
-        Example(partial(_cell, rows, i, image_column), caption, digest(f"{rows._fingerprint}/{i}"))
+        Example(
+            partial(_cell, rows, i, image_column),
+            caption,
+            # The set's own fingerprint names its content without decoding every picture.
+            digest(f"{rows._fingerprint}/{i}"),
+            lambda i=i: _cell(rows, i, image_column).size,  # type: ignore[misc]
+        )
         for i, caption in enumerate(captions)
     ]
-
-
-def webdataset_shards(pattern: str, *, caption_column: str = "text") -> list[Example]:
-    """Samples of WebDataset .tar shards on this machine, in the order of the shards.
-
-    A sample is the run of members that share a name up to the first dot: a picture, and a .txt
-    caption or a .json with `caption_column`. Members are indexed once and read in place.
-
-    Args:
-        pattern: path with glob characters and {000..009} ranges.
-        caption_column: key of the caption in .json members.
-
-    Raises:
-        ValueError: a URL, a pattern that matches nothing, or a sample without picture or caption.
-    """
-    if "://" in pattern or pattern.startswith("pipe:"):
-        raise ValueError(
-            f"train_shards_path_or_url: got {pattern}, accepted are paths on this machine"
-        )
-    shards = [
-        Path(p)
-        for expanded in _expand_braces(pattern)
-        for p in (sorted(glob.glob(expanded)) if glob.has_magic(expanded) else [expanded])
-    ]
-    if not shards or not all(shard.is_file() for shard in shards):
-        missing = next((s for s in shards if not s.is_file()), pattern)
-        raise ValueError(f"train_shards_path_or_url: there is no file {missing}")
-    return [example for shard in shards for example in _shard_examples(shard, caption_column)]
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -165,19 +163,55 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises:
         ValueError: no such file, or no prompt in it.
     """
+    return read_lines(path, "train_prompts")
+
+
+def read_lines(path: str | Path, argument: str) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        ValueError: no such file, no text in it, or none in UTF-8; `argument` is to blame.
+    """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"train_prompts: there is no file {path}")
-    prompts = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"train_prompts: no prompt in {path}")
-    return prompts
+        raise ValueError(f"{argument}: there is no file {path}")
+    lines = decoded(path.read_bytes(), path, argument).splitlines()
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{argument}: no prompt in {path}")
+    return found
 
 
 def digest(content: bytes | str) -> str:
     """Short hash of some content."""
     content = content.encode() if isinstance(content, str) else content
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def file_digest(path: Path, part: int = 0) -> str:
+    """Short hash of where a file is, how long and how old; its bytes are not read.
+
+    Args:
+        path: the file.
+        part: tells what lies in one file apart.
+    """
+    found = path.stat()
+    return digest(f"{path.absolute()}|{found.st_size}|{found.st_mtime_ns}|{part}")
+
+
+def decoded(content: bytes, source: object, argument: str) -> str:
+    """Text in UTF-8.
+
+    Raises:
+        ValueError: it is not; the message names the source and the line.
+    """
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{argument}: {source} is not in UTF-8: byte {content[error.start]:#04x} in line {line}"
+        ) from error
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -198,25 +232,56 @@ def fit(image: Image.Image, height: int, width: int, interpolation: str) -> Imag
 
 
 def _metadata_pairs(
-    metadata: Path, image_column: str, caption_column: str, argument: str
+    metadata: Path, image_column: str, caption_column: str, anywhere: bool, argument: str
 ) -> Iterator[tuple[Path, str]]:
-    with metadata.open(newline="", encoding="utf-8") as file:
-        rows = list(
-            csv.DictReader(file)
-            if metadata.suffix == ".csv"
-            else (json.loads(line) for line in file if line.strip())
-        )
-    for number, row in enumerate(rows, 1):
+    for line, row in _metadata_rows(metadata, argument):
+        where = f"{metadata}, line {line}"
         name = row.get("file_name", row.get(image_column))
         caption = row.get(caption_column)
-        if name is None or caption is None:
+        if isinstance(caption, list):
+            caption = caption[0] if caption else None
+        if not (isinstance(name, str) and name and isinstance(caption, str)):
             raise ValueError(
-                f"caption_column: row {number} of {metadata} has {', '.join(row)}; needed are "
-                f"file_name and {caption_column!r}"
+                f"caption_column: {where} has {', '.join(map(str, row))}; needed are file_name and"
+                f" {caption_column!r}, with text in both"
             )
-        if not (path := metadata.parent / name).is_file():
-            raise ValueError(f"{argument}: {metadata} names {name}, which is not there")
-        yield path, caption if isinstance(caption, str) else caption[0]
+        path = metadata.parent / name
+        inside = Path(os.path.normpath(path)).is_relative_to(os.path.normpath(metadata.parent))
+        if not (inside or anywhere):
+            raise ValueError(
+                f"{argument}: {where} names {name}, which is outside of its folder;"
+                " metadata_anywhere=True takes such files"
+            )
+        if "\0" in name or not path.is_file():
+            raise ValueError(f"{argument}: {where} names {name}, which is not there")
+        yield path, caption
+
+
+def _metadata_rows(metadata: Path, argument: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a metadata file and the numbers of their lines."""
+    text = decoded(metadata.read_bytes(), metadata, argument)
+    if metadata.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise ValueError(
+                f"{argument}: {metadata}, line {reader.line_num}, is no CSV ({error})"
+            ) from error
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(
+                f"{argument}: {metadata}, line {number}, is no JSON ({error})"
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{argument}: {metadata}, line {number}, is no JSON object")
+        yield number, row
 
 
 def caption_beside(path: Path, argument: str) -> str:
@@ -230,65 +295,23 @@ def caption_beside(path: Path, argument: str) -> str:
         raise ValueError(
             f"{argument}: {path} has no caption: no metadata.jsonl, metadata.csv or {beside}"
         )
-    return beside.read_text().strip()
+    return decoded(beside.read_bytes(), beside, argument).strip()
 
 
-def _cell(rows: object, i: int, column: str) -> Image.Image:
-    return rows[i][column]  # type: ignore[index]
+def opened(picture: Any, argument: str, source: object) -> Image.Image:
+    """A picture as `Example.open` gives it; what is changed for that is said once, not for each.
 
-
-def _expand_braces(pattern: str) -> Iterator[str]:
-    """`a-{00..02}.tar` and `{x,y}.tar`, as a shell expands them."""
-    if not (found := re.search(r"\{([^{}]*)\}", pattern)):
-        yield pattern
-        return
-    if span := re.fullmatch(r"(\d+)\.\.(\d+)", found[1]):
-        first, last = span.groups()
-        parts = [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
-    else:
-        parts = found[1].split(",")
-    for part in parts:
-        yield from _expand_braces(pattern[: found.start()] + part + pattern[found.end() :])
-
-
-def _shard_examples(shard: Path, caption_column: str) -> Iterator[Example]:
+    Raises:
+        ValueError: it cannot be read; the message names `argument` and `source`.
+    """
     try:
-        with tarfile.open(shard, "r:") as tar:
-            members = [m for m in tar if m.isfile()]
-    except tarfile.ReadError as error:
-        raise ValueError(f"train_shards_path_or_url: {shard} is no plain .tar file") from error
-    for key, sample in itertools.groupby(members, lambda m: _split_name(m.name)[0]):
-        parts = {_split_name(m.name)[1]: m for m in sample}
-        image = next((m for s, m in parts.items() if s in IMAGE_SUFFIXES), None)
-        if image is None or not ({".txt", ".json"} & parts.keys()):
-            raise ValueError(
-                f"train_shards_path_or_url: sample {key} of {shard} has {', '.join(parts)}; "
-                "needed are a picture and .txt or .json"
-            )
-        if ".txt" in parts:
-            caption = _read(shard, parts[".txt"]).decode().strip()
-        else:
-            fields = json.loads(_read(shard, parts[".json"]))
-            if caption_column not in fields:
-                raise ValueError(
-                    f"caption_column: {caption_column!r} is not in sample {key} of {shard}"
-                )
-            caption = fields[caption_column]
-        yield Example(partial(_open, shard, image), caption, digest(_read(shard, image)))
+        pixels, notes = open_noted(picture)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {source}: {error}") from error
+    for note in notes:
+        warnings.warn(f"{argument}: of some pictures, {note}", stacklevel=2)
+    return Image.fromarray(pixels)
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """`dir/0001.seg.png` -> (`dir/0001`, `.seg.png`), as WebDataset splits."""
-    folder, _, base = name.rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    return f"{folder}/{stem}".lstrip("/"), (dot + suffix).lower()
-
-
-def _read(shard: Path, member: tarfile.TarInfo) -> bytes:
-    with shard.open("rb") as file:
-        file.seek(member.offset_data)
-        return file.read(member.size)
-
-
-def _open(shard: Path, member: tarfile.TarInfo) -> Image.Image:
-    return Image.open(io.BytesIO(_read(shard, member)))
+def _cell(rows: Any, i: int, column: str) -> Image.Image:
+    return opened(rows[i][column], "dataset_name", f"row {i}")

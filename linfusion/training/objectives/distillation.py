@@ -4,6 +4,7 @@ LinFusion, section 3.4, and CLEAR, section 3.3, take the same three.
 """
 
 import copy
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 
 from linfusion.attention import get_method
 from linfusion.layers.find import candidates, select
-from linfusion.layers.projections import attention_parameters
-from linfusion.layers.record import RECORD, TakenLayer
+from linfusion.layers.projections import attention_parameters, refuse_quantized
+from linfusion.layers.record import RECORD
 from linfusion.linearize import linearize, restore
 from linfusion.students.low_rank import check_rank, low_rank_factors, save_low_rank
 from linfusion.students.saving import save
@@ -72,6 +73,9 @@ class Distillation:
         features = list(found)
         if feature_layers is not None:
             features = select(features, feature_layers, "feature_layers")
+        if train_projections:
+            for path, attn in found.items():
+                refuse_quantized(path, attn)
         softmax = {path: attn.processor for path, attn in found.items()}
         base = {path: _projections(attn) for path, attn in found.items()}
         if projection_rank is not None:
@@ -109,7 +113,8 @@ class Distillation:
         self._install(self._student)
 
         self.weights = {"simple": 1.0, "kd": kd_weight, "feature": feature_weight}
-        self._teaching = False
+        self._one_thread = threading.RLock()
+        self._teaching = self._comparing = False
         self._taught: dict[str, Tensor] = {}
         self._feature_losses: dict[str, Tensor] = {}
         compared: dict[str, nn.Module] = {path: self.layers[path] for path in features}
@@ -126,16 +131,34 @@ class Distillation:
 
     @contextmanager
     def teacher(self) -> Iterator[None]:
-        """Inside, the model computes what it did before it had a student."""
-        self._mechanism.detach(self.model)
-        self._install(self._teacher)
-        self._teaching = True
+        """Inside, the model computes what it did before it had a student.
+
+        Raises:
+            RuntimeError: another thread uses the model as a teacher.
+        """
+        with self._alone():
+            self._mechanism.detach(self.model)
+            self._install(self._teacher)
+            self._teaching = True
+            try:
+                yield
+            finally:
+                self._teaching = False
+                self._install(self._student)
+                self._mechanism.attach(self.model, self._record.settings)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        # Two threads would find each other's processors on the one model.
+        if not self._one_thread.acquire(blocking=False):
+            raise RuntimeError(
+                "teacher: another thread uses this model as a teacher at the moment; teacher and"
+                " student are one model, so give every thread an objective and a model of its own"
+            )
         try:
             yield
         finally:
-            self._teaching = False
-            self._install(self._student)
-            self._mechanism.attach(self.model, self._record.settings)
+            self._one_thread.release()
 
     def losses(
         self, student: nn.Module, inputs: dict[str, Any], target: Tensor
@@ -153,15 +176,25 @@ class Distillation:
 
         Returns:
             {"simple", "kd", "feature"}, each a scalar.
+
+        Raises:
+            RuntimeError: another thread uses the model as a teacher.
         """
-        with self.teacher(), torch.no_grad():
-            taught = self.model(**inputs, return_dict=False)[0]
-        self._feature_losses.clear()
-        guess = student(**inputs, return_dict=False)[0]
+        with self._alone():
+            self._taught.clear()
+            with self.teacher(), torch.no_grad():
+                taught = self.model(**inputs, return_dict=False)[0]
+            self._comparing = True
+            try:
+                guess = student(**inputs, return_dict=False)[0]
+                features = torch.stack(list(self._feature_losses.values())).mean()
+            finally:
+                self._comparing = False
+                self._feature_losses.clear()
         return {
             "simple": F.mse_loss(guess.float(), target.float()),
             "kd": F.mse_loss(guess.float(), taught.float()),
-            "feature": torch.stack(list(self._feature_losses.values())).mean(),
+            "feature": features,
         }
 
     @torch.no_grad()
@@ -182,7 +215,7 @@ class Distillation:
         record = self._record
         if self._rank is not None:  # a difference is one to the teacher's
             taken = {
-                path: TakenLayer(layer.processor, self._base_weights(path))
+                path: replace(layer, base_weights=self._base_weights(path))
                 for path, layer in record.layers.items()
             }
             record = replace(record, layers=taken)
@@ -225,13 +258,16 @@ class Distillation:
 
     def _feature_hook(self, path: str) -> Any:
         # The loss is taken in the hook, not from kept features, so that gradient checkpointing
-        # recomputes it too and no layer's output outlives its block.
+        # recomputes it too and no layer's output outlives its block. What is recomputed is for the
+        # gradient alone: kept, it would hold every layer's graph until the next step.
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             if self._teaching:
                 self._taught[path] = _joined(output)
             elif torch.is_grad_enabled():
                 taught = self._taught[path].float()
-                self._feature_losses[path] = F.mse_loss(_joined(output).float(), taught)
+                loss = F.mse_loss(_joined(output).float(), taught)
+                if self._comparing:
+                    self._feature_losses[path] = loss
 
         return hook
 

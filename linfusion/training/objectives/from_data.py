@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linfusion.files.whole_files import filling
 from linfusion.training.teachers.lingen import LinGenHost
 
 
@@ -59,7 +60,8 @@ class FromData:
 
     def save(self, folder: str | Path) -> None:
         """Write the transformer, as `from_pretrained` reads it."""
-        self.model.save_pretrained(folder)
+        with filling(folder) as temporary:
+            self.model.save_pretrained(temporary)
 
     def close(self) -> None:
         """The pipeline has its own transformer again."""

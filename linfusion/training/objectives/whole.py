@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linfusion.files.whole_files import filling
 from linfusion.linearize import linearize
 from linfusion.lit.inherit import inherit
 from linfusion.training.objectives.hybrid import hybrid_losses
@@ -62,7 +63,7 @@ class WholeStudent:
             self.inheritance = inherit(student, policy=policy, seed=seed)
         else:
             student = type(self._own).from_pretrained(weights, torch_dtype=torch.float32)
-            linearize(student)
+            linearize(student, **options)
         self.model = student.eval().requires_grad_(True)
         for name, parameter in student.named_parameters():
             if ".norm1.emb." in name:
@@ -155,7 +156,8 @@ class WholeStudent:
 
     def save(self, folder: str | Path) -> None:
         """Write the student whole, as diffusers' `from_pretrained` and `linearize` read it."""
-        self.model.save_pretrained(folder)
+        with filling(folder) as temporary:
+            self.model.save_pretrained(temporary)
 
     def close(self) -> None:
         """The pipeline has its own transformer again."""

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from linfusion.pipelines.arguments import draw_arguments, pixel_multiple
+from linfusion.pipelines.load import in_one_dtype
 from linfusion.training.config import TrainConfig
 
 Batch = dict[str, Tensor]
@@ -90,12 +91,16 @@ class Teacher(ABC):
         generators: list[torch.Generator],
         **kwargs: Any,
     ) -> Any:
-        return self.pipe(
-            list(prompts),
-            **draw_arguments(self.pipe, len(prompts), guidance_scale=config.teacher_guidance_scale),
-            height=size[0],
-            width=size[1],
-            num_inference_steps=config.teacher_steps,
-            generator=generators,
-            **kwargs,
-        ).images
+        arguments = draw_arguments(
+            self.pipe, len(prompts), guidance_scale=config.teacher_guidance_scale
+        )
+        with in_one_dtype(self.pipe):
+            return self.pipe(
+                list(prompts),
+                **arguments,
+                height=size[0],
+                width=size[1],
+                num_inference_steps=config.teacher_steps,
+                generator=generators,
+                **kwargs,
+            ).images

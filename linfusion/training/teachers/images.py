@@ -18,13 +18,33 @@ class NoiseTeacher(Teacher):
     """Stable Diffusion 1.5, 2.1 and XL: a UNet that predicts noise or velocity.
 
     Raises:
-        ValueError: a prediction type other than epsilon and v_prediction.
+        ValueError: a prediction type other than epsilon and v_prediction, or a UNet that is also
+            given something else than text.
     """
 
     attribute = "unet"
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
         super().__init__(pipe)
+        refuse_other_inputs(self.pipe, self.model)
+        config = self.model.config
+        conditions = {
+            name: config.get(name)
+            for name in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+        }
+        if config.get("addition_embed_type") != "text_time":
+            conditions["addition_embed_type"] = config.get("addition_embed_type")
+        for name, value in conditions.items():
+            if value is not None:
+                raise ValueError(
+                    f"pretrained_model_name_or_path: the UNet of {type(pipe).__name__} is also"
+                    f" conditioned by {name}={value!r}; one that draws from text alone is distilled"
+                )
+        if self.pipe.config.get("requires_aesthetics_score"):
+            raise ValueError(
+                f"pretrained_model_name_or_path: {type(pipe).__name__} is a refiner, which is told"
+                " an aesthetic score; one that draws from text alone is distilled"
+            )
         self.scheduler = noise_scheduler(self.pipe.scheduler)
 
     def text_states(self, captions: Sequence[str]) -> Batch:
@@ -64,12 +84,16 @@ class FlowTeacher(Teacher):
     Args:
         pipe: the pipeline.
         guidance: what a guidance embedding is told; CLEAR's authors take 3.5.
+
+    Raises:
+        ValueError: a transformer that is also given a picture (FLUX Fill, Control).
     """
 
     attribute = "transformer"
 
     def __init__(self, pipe: DiffusionPipeline, guidance: float = 3.5) -> None:
         super().__init__(pipe)
+        refuse_other_inputs(self.pipe, self.model)
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
         self._sigmas = scheduler.sigmas[: scheduler.config.num_train_timesteps].float()
         self._packs = hasattr(self.pipe, "_pack_latents")
@@ -130,6 +154,22 @@ class FlowTeacher(Teacher):
             return latents
         packed: Tensor = self.pipe._pack_latents(latents, *latents.shape)
         return packed
+
+
+def refuse_other_inputs(pipe: DiffusionPipeline, model: Any) -> None:
+    """Refuse a denoiser that is given more channels than it predicts: a picture, a mask.
+
+    Raises:
+        ValueError: it is.
+    """
+    config = model.config
+    made = config.get("out_channels") or config.in_channels
+    if config.in_channels != made:
+        raise ValueError(
+            f"pretrained_model_name_or_path: the denoiser of {type(pipe).__name__} takes"
+            f" {config.in_channels} channels and predicts {made}, so it is also given a picture or"
+            " a mask; one that draws from text alone is distilled"
+        )
 
 
 def noise_scheduler(scheduler: Any) -> DDPMScheduler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from linfusion import HighResPipeline
 from linfusion.files.picture_reader import read
-from linfusion.pipelines.state import State, pack
+from linfusion.pipelines.state import State, pack, seed_of
 from tests.pipelines.highres.killed import CASES, DEATHS
 from tests.tiny import tiny_scheduler, tiny_sd_pipeline
 
@@ -177,3 +178,32 @@ def test_a_full_disk_is_said_and_leaves_what_was_kept(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"parameters.json", "step.safetensors"}
     assert torch.equal(draw(tmp_path / "run", resume=True), draw(None))
+
+
+@pytest.mark.parametrize("name", ["parameters.json", "stage-00.safetensors"])
+def test_a_flipped_bit_anywhere_in_a_state_is_noticed_and_the_file_is_named(run, tmp_path, name):
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / name
+    whole = file.read_bytes()
+    state = State(None, {}, resume=False)
+    state.folder = tmp_path / "run"
+    for position in range(0, len(whole), max(1, len(whole) // 200)):
+        file.write_bytes(
+            whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :]
+        )
+        with pytest.raises(ValueError, match=rf"state: .*{name} is damaged"):
+            seed_of(tmp_path / "run")
+            state.read("stage-00")
+    state.folder = None
+    with pytest.raises(ValueError, match=rf"state: .*{name} is damaged"):
+        draw(tmp_path / "run", resume=True)
+
+
+def test_a_second_run_in_a_state_folder_is_refused_until_the_first_ends(tmp_path):
+    def look(pipe, i, t, kwargs):
+        with pytest.raises(ValueError, match=r"state: .* is in use by another run"):
+            draw(tmp_path / "run", resume=True)
+        return {}
+
+    draw(tmp_path / "run", callback_on_step_end=look)
+    draw(tmp_path / "run", resume=True)

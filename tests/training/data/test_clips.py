@@ -38,7 +38,7 @@ def clips(tmp_path, shapes=((4, 3, 4, 6),) * 3):
 def settings(tmp_path, **changes):
     if "train_data_dir" not in changes:
         changes["train_data_dir"] = str(clips(tmp_path))
-    return TrainConfig(
+    return TrainConfig.of(
         **{
             "method": "mate",
             "window": "2,2,2",
@@ -264,7 +264,7 @@ def test_videos_that_would_be_cut_are_refused(tmp_path, shape, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": "8,4"}, "window: got '8,4', accepted are frames, height and width"),
+        ({"window": "8,4"}, "window: got '8,4', accepted is 3 of a whole number"),
         ({"window": "0,4,4"}, r"window: got \(0, 4, 4\), expected three positive"),
         ({"radius": 2}, "radius: given, but only method 'clear' has it"),
         ({"branch_mix": "max"}, "branch_mix: got 'max', expected one of"),

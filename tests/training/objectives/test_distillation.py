@@ -1,6 +1,9 @@
 """Teacher and student in one model, and their losses."""
 
 import copy
+import gc
+import threading
+import weakref
 
 import pytest
 import torch
@@ -222,3 +225,71 @@ def test_a_rank_that_no_projection_has_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match="projection_rank: got 4096, expected a whole number"):
         Distillation(unet, projection_rank=4096)
     assert torch.equal(denoise(unet), before) and linfusion.summary(unet)
+
+
+def test_nothing_of_a_step_is_held_after_its_backward_pass_with_checkpointing():
+    unet = tiny_unet()
+    pair = Distillation(unet)
+    disturb(pair)
+    unet.enable_gradient_checkpointing()
+    unet.train()
+    alive = weakref.WeakSet()
+    first = next(iter(pair.layers.values()))
+    first.register_forward_hook(lambda module, args, output: alive.add(output))
+    losses = pair.losses(unet, *batch(unet))
+    sum(losses.values()).backward()
+    del losses
+    gc.collect()
+    assert all(p.grad is not None for p in pair.trained().values())
+    # Of the teacher's output, which the next step replaces, there is no graph.
+    assert not any(output.requires_grad for output in alive)
+
+
+def test_checkpointing_changes_no_gradient_of_the_feature_loss():
+    grads = []
+    for checkpointing in (False, True):
+        unet = tiny_unet()
+        pair = Distillation(unet)
+        disturb(pair)
+        unet.train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        for _ in range(2):  # the second step finds what the first left
+            unet.zero_grad()
+            pair.losses(unet, *batch(unet))["feature"].backward()
+        grads.append({name: p.grad for name, p in pair.trained().items()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_second_thread_is_refused_while_the_model_is_the_teacher():
+    unet = tiny_unet()
+    pair = Distillation(unet)
+    errors = []
+
+    def work():
+        try:
+            pair.losses(unet, *batch(unet))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with pair.teacher():
+        before = denoise(unet)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert torch.equal(denoise(unet), before)
+    assert len(errors) == 1 and "another thread uses this model as a teacher" in errors[0]
+    pair.losses(unet, *batch(unet))
+
+
+def test_quantized_projections_are_not_trained():
+    class QLinear(torch.nn.Linear):
+        pass
+
+    unet = tiny_unet()
+    unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_v.__class__ = QLinear
+    before = list(unet.state_dict())
+    with pytest.raises(ValueError, match=r"mid_block.*to_v are quantised or otherwise changed"):
+        Distillation(unet)
+    assert list(unet.state_dict()) == before

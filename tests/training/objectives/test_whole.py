@@ -55,7 +55,7 @@ def settings(tmp_path, **changes):
         for i in range(4):
             tiny_image(i, 64).save(folder / f"{i}.png")
             (folder / f"{i}.txt").write_text(NAMES[i])
-    return TrainConfig(
+    return TrainConfig.of(
         **{
             "method": "lit",
             "kd_variance_weight": 0.05,
@@ -232,7 +232,7 @@ def test_every_recipe_is_a_run(name, tmp_path):
 
 def test_what_is_given_wins_over_the_recipe(tmp_path):
     config = TrainConfig.from_recipe("lit_c2i_256", train_data_dir=str(tmp_path), heads=3)
-    assert config.heads == 3 and config.train_batch_size == 256
+    assert config.options.heads == 3 and config.train_batch_size == 256
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_what_is_given_wins_over_the_recipe(tmp_path):
     [
         (None, "recipe: .* is no .toml file and none of"),
         ("method = ", "is no TOML"),
-        ("speed = 3", "has speed, which is no argument"),
+        ("speed = 3", "speed: no argument of TrainConfig and no option of method"),
     ],
 )
 def test_a_recipe_that_is_none_is_refused(tmp_path, text, message):
@@ -262,8 +262,10 @@ def test_the_command_takes_a_recipe_and_what_is_otherwise(tmp_path, monkeypatch)
     flags = ["--recipe", "lit_emoji", "--train_data_dir", "p", "--heads", "4", "--json"]
     result = CliRunner().invoke(app, ["train", *flags, "--output_dir", str(tmp_path / "o")])
     assert result.exit_code == 0, result.output
-    assert seen[0].heads == 4 and seen[0].method == "lit" and seen[0].max_train_steps == 4500
-    assert json.loads(result.stdout)["config"]["heads"] == 4
+    assert (
+        seen[0].options.heads == 4 and seen[0].method == "lit" and seen[0].max_train_steps == 4500
+    )
+    assert json.loads(result.stdout)["config"]["options"]["heads"] == 4
 
 
 def test_pixart_of_1024_px_is_told_its_size():

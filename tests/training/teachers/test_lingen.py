@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from linfusion.models import LinGenTransformer3DModel
 from linfusion.training import TrainConfig, distill
-from linfusion.training.data.films import FilmSet, Stage, film_folder, stages
+from linfusion.training.data.films import FilmSet, film_folder
+from linfusion.training.data.schedule import ClipOptions, Stage
 from linfusion.training.objectives.from_data import FromData
 from linfusion.training.teachers.lingen import LinGenHost, noise_levels
 from tests.tiny_video import tiny_lingen, tiny_wan
@@ -32,7 +33,7 @@ def folder(tmp_path):
 
 
 def settings(folder, **changes):
-    return TrainConfig(
+    return TrainConfig.of(
         **{
             "method": "lingen",
             "train_data_dir": str(folder),
@@ -103,7 +104,7 @@ def test_clips_grow_by_the_schedule_and_the_last_stage_goes_on(folder):
     data = film_set(folder, proportion_stills=0.0, gradient_accumulation_steps=2)
     shapes = [tuple(batch(data, n)["latents"].shape) for n in (0, 3, 4, 7, 100)]
     assert shapes == [(2, 4, 3, 8, 8)] * 2 + [(2, 4, 7, 4, 4)] * 3
-    assert stages("2,3,16;2,7,8") == [Stage(2, 3, 16), Stage(2, 7, 8)]
+    assert ClipOptions("2,3,16;2,7,8").stages == [Stage(2, 3, 16), Stage(2, 7, 8)]
 
 
 def test_stills_are_of_the_pictures_and_as_often_as_asked(folder):
@@ -177,7 +178,7 @@ def test_frames_without_noise_have_no_loss():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"clip_schedule": None}, "clip_schedule: got None"),
+        ({"clip_schedule": None}, "clip_schedule: got '', accepted is steps"),
         ({"clip_schedule": "3,16"}, "clip_schedule: got '3,16', accepted is steps,frames,size"),
         ({"proportion_stills": 1.5}, "proportion_stills: got 1.5"),
         ({"clip_stride": 0}, "clip_stride: got 0"),

@@ -24,26 +24,33 @@ class Step(NamedTuple):
     columns: int
 
 
-# (vendor, kernel, bytes of an element) -> a `Step` for heads of up to 64 columns and up to 128.
-_STEPS: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
-    ("cuda", "fwd", 2): [(64, 64, 4, 3, 64), (64, 64, 4, 2, 64)],
-    ("cuda", "fwd", 4): [(64, 16, 4, 2, 64), (32, 32, 4, 1, 128)],
-    ("cuda", "bwd_q", 2): [(64, 64, 4, 2, 64), (64, 32, 4, 2, 64)],
-    ("cuda", "bwd_q", 4): [(32, 32, 4, 1, 64), (16, 32, 4, 1, 128)],
-    ("cuda", "bwd_kv", 2): [(64, 16, 4, 2, 64), (64, 16, 4, 2, 64)],
-    ("cuda", "bwd_kv", 4): [(16, 32, 4, 1, 64), (16, 64, 8, 1, 128)],
-    ("hip", "fwd", 2): [(64, 16, 4, 1, 128), (64, 16, 4, 1, 128)],
-    ("hip", "fwd", 4): [(64, 16, 4, 1, 128), (32, 16, 4, 1, 128)],
-    ("hip", "bwd_q", 2): [(64, 16, 4, 1, 128), (64, 16, 4, 1, 128)],
-    ("hip", "bwd_q", 4): [(32, 16, 4, 1, 128), (32, 16, 4, 1, 128)],
-    ("hip", "bwd_kv", 2): [(64, 32, 4, 1, 128), (32, 32, 4, 1, 128)],
-    ("hip", "bwd_kv", 4): [(32, 32, 4, 1, 128), (32, 16, 4, 1, 128)],
+# Four warps of 64 threads, each with 16 rows.
+_HIP = Step(64, 16, 4, 1, 128)
+# On NVIDIA: (kernel, bytes of an element) -> a `Step` for heads of up to 64 columns and up to 128.
+_STEPS: dict[tuple[str, int], list[tuple[int, int, int, int, int]]] = {
+    ("fwd", 2): [(64, 64, 4, 3, 64), (64, 64, 4, 2, 64)],
+    ("fwd", 4): [(64, 16, 4, 2, 64), (32, 32, 4, 1, 128)],
+    ("bwd_q", 2): [(64, 64, 4, 2, 64), (64, 32, 4, 2, 64)],
+    ("bwd_q", 4): [(32, 32, 4, 1, 64), (16, 32, 4, 1, 128)],
+    ("bwd_kv", 2): [(64, 16, 4, 2, 64), (64, 16, 4, 2, 64)],
+    ("bwd_kv", 4): [(16, 32, 4, 1, 64), (16, 64, 8, 1, 128)],
+}
+# What of these spills on an architecture: (architecture, kernel, bytes, more than 64 columns).
+_INSTEAD = {
+    (100, "fwd", 4, False): (32, 32, 4, 1, 64),
+    (100, "fwd", 4, True): (16, 32, 4, 1, 128),
+    (100, "bwd_q", 2, True): (64, 16, 4, 2, 64),
+    (100, "bwd_kv", 4, False): (16, 64, 8, 1, 64),
+    (120, "fwd", 2, True): (64, 32, 4, 3, 64),
 }
 
 
-def step_for(vendor: str, kernel: str, d: int, itemsize: int) -> Step:
+def step_for(vendor: str, arch: int, kernel: str, d: int, itemsize: int) -> Step:
     """The step of `kernel` for heads of `d` columns, at most 128."""
-    return Step(*_STEPS[vendor, kernel, itemsize][0 if d <= 64 else 1])
+    if vendor == "hip":
+        return _HIP
+    wide = d > 64
+    return Step(*_INSTEAD.get((arch, kernel, itemsize, wide), _STEPS[kernel, itemsize][wide]))
 
 
 def pieces(d: int, most: int) -> tuple[int, int]:

@@ -220,7 +220,7 @@ def step_of(target: Target, kernel: str, d: int, dtype: torch.dtype) -> Step:
     """How many tokens that kernel takes at a time there."""
     if target.vendor == "interpreter":
         return Step(64, 64, warps=1, stages=1, columns=64)  # what takes the fewest steps
-    return step_for(target.vendor, kernel, d, dtype.itemsize)
+    return step_for(target.vendor, target.arch, kernel, d, dtype.itemsize)
 
 
 def dots(d: int, step: Step, align: int, target: Target, dtype: torch.dtype) -> dict[str, Any]:

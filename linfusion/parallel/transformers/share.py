@@ -20,10 +20,10 @@ from linfusion.attention import get_method
 from linfusion.layers.record import record_of
 from linfusion.models import LinGenTransformer3DModel
 from linfusion.parallel.hooks import put_around
-from linfusion.parallel.hosts import HOSTS, Host
 from linfusion.parallel.mesh import Mesh
 from linfusion.parallel.shard import Shard
-from linfusion.parallel.softmax import GatheredSoftmaxProcessor
+from linfusion.parallel.transformers.hosts import HOSTS, Host
+from linfusion.parallel.transformers.softmax import GatheredSoftmaxProcessor
 
 # Of the call that is running, for the hooks at its entry and exit.
 _SHARD: ContextVar[Shard | None] = ContextVar("shard", default=None)
@@ -34,7 +34,7 @@ def host_of(model: nn.Module) -> Host | None:
     return next((HOSTS[k.__name__] for k in type(model).__mro__ if k.__name__ in HOSTS), None)
 
 
-def check(model: Any, order: str) -> None:
+def check_transformer(model: Any, order: str) -> None:
     """Refuse a model whose layers would see their own rank's tokens alone.
 
     Args:
@@ -100,11 +100,11 @@ def _check_own(model: Any) -> None:
         )
 
 
-def share_model(model: Any, mesh: Mesh, around: Callable[..., Any]) -> Callable[[], None]:
+def share_transformer(model: Any, mesh: Mesh, around: Callable[..., Any]) -> Callable[[], None]:
     """Have the ranks of `mesh` share the tokens of a transformer.
 
     Args:
-        model: that `check` passed.
+        model: that `check_transformer` passed.
         mesh: its ranks.
         around: (run, forward, inputs) -> output, what is done around every call.
     """
@@ -116,6 +116,11 @@ def share_model(model: Any, mesh: Mesh, around: Callable[..., Any]) -> Callable[
         return undo.close
 
     def run(forward: Callable[..., Any], inputs: dict[str, Any]) -> Any:
+        if record_of(model) is None:
+            raise ValueError(
+                f"{type(model).__name__}: it was restored while it is parallelized; call"
+                " linfusion.unparallelize first, and linearize again before parallelize"
+            )
         _check_processors(model, host.method)
         shard = host.shard(model, inputs, mesh.sp)
         with _calling(shard):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from linfusion.attention.grids import dit, joint, video
 from linfusion.layers.record import record_of
-from linfusion.parallel import sana
 from linfusion.parallel.ranks import Ranks, cut_rows
 from linfusion.parallel.shard import Shard
+from linfusion.parallel.transformers import sana
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def _tokens(output: Tensor, shard: Shard) -> Tensor:
 
 
 def _joint_shard(model: Any, inputs: dict[str, Any], ranks: Ranks) -> Shard:
-    grids = model.pos_embed.__dict__.get(joint._PENDING)
+    grids = (inputs.get("joint_attention_kwargs") or {}).get(joint.ARGUMENT)
     if grids is None:
         raise ValueError(
             f"model_or_pipe: {type(model).__name__} was called without its hooks, as"
@@ -57,20 +57,20 @@ def _joint_shard(model: Any, inputs: dict[str, Any], ranks: Ranks) -> Shard:
             f"img_ids: got {len(grids.sizes)} pictures, {grids.sizes}; pictures to look at see each"
             " other as a whole, and a model that is shared takes one"
         )
-    unit = math.lcm(*getattr(model, joint._FACTORS))
+    unit = math.lcm(*joint.factors_of(model))
     cuts = cut_rows(grids.sizes[0][0], ranks.world, unit)
     return Shard(ranks, grids.sizes[0], cuts)
 
 
-def _local_grids(shard: Shard) -> joint.Grids:
+def _with_grids(inputs: dict[str, Any], shard: Shard) -> dict[str, Any]:
     height, width = shard.local
-    return joint.Grids(((height, width),), (None,), shard)
+    grids = joint.Grids(((height, width),), (None,), shard)
+    arguments = inputs["joint_attention_kwargs"]
+    return {**inputs, "joint_attention_kwargs": {**arguments, joint.ARGUMENT: grids}}
 
 
 def _enter_flux(model: Any, inputs: dict[str, Any], shard: Shard) -> dict[str, Any]:
-    setattr(model.pos_embed, joint._PENDING, _local_grids(shard))
-    model.proj_out.__dict__.pop(joint._PENDING, None)  # rows need no other order back
-    given = dict(inputs)
+    given = _with_grids(inputs, shard)
     given["hidden_states"] = shard.take(inputs["hidden_states"])
     given["img_ids"] = shard.take(inputs["img_ids"], 0)
     for name in ("controlnet_block_samples", "controlnet_single_block_samples"):
@@ -80,11 +80,7 @@ def _enter_flux(model: Any, inputs: dict[str, Any], shard: Shard) -> dict[str, A
 
 
 def _enter_sd3(model: Any, inputs: dict[str, Any], shard: Shard) -> dict[str, Any]:
-    model.pos_embed.__dict__.pop(joint._PENDING, None)
-    model.proj_out.__dict__.pop(joint._PENDING, None)
-    given = dict(inputs)
-    arguments = inputs["joint_attention_kwargs"]
-    given["joint_attention_kwargs"] = {**arguments, joint.ARGUMENT: _local_grids(shard)}
+    given = _with_grids(inputs, shard)
     if given.get("block_controlnet_hidden_states") is not None:
         samples = given["block_controlnet_hidden_states"]
         given["block_controlnet_hidden_states"] = [shard.take(sample) for sample in samples]
