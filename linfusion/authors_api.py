@@ -20,14 +20,30 @@ PUBLISHED = {
     (70, (10, 20), 2048): "Yuanshi/LinFusion-XL",
 }
 
+# What the teachers are, besides: other models have UNets of these shapes. Kolors has that of SDXL
+# with a text encoder of its own; Stable Video Diffusion and ModelScope have that of 2.1, for video.
+TEACHERS = ("UNet2DConditionModel", "UNetMotionModel", "ControlNetModel")
+
 
 def published_for(model_or_pipe: Any) -> str:
-    """Hub name of the authors' student for a model of this shape.
+    """Hub name of the authors' student for a model of this kind and shape.
 
     Raises:
         ValueError: they published none.
     """
     model = model_of(model_or_pipe)
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    config = getattr(model, "config", {})
+    other = None
+    if not kinds & set(TEACHERS):
+        other = f"it is a {type(model).__name__}"
+    elif config.get("encoder_hid_dim") is not None:
+        other = f"it projects a text of {config['encoder_hid_dim']} channels, as Kolors does"
+    if other is not None:
+        raise ValueError(
+            f"model_or_pipe: no published student fits: {other}, and they are of Stable Diffusion"
+            " 1.5, 2.1 and XL; give a folder or hub name"
+        )
     found = candidates(model, NAME)
     heads = tuple(sorted({attn.heads for attn in found.values()}))
     text = getattr(getattr(model, "config", None), "cross_attention_dim", None)

@@ -44,9 +44,10 @@ def linearize(
     weights from where it was loaded.
 
     Args:
-        model_or_pipe: a pipeline (its `unet` or `transformer` is taken; pass `pipe.controlnet` to
-            take that), or a model: for "linfusion" one whose self-attention is diffusers'
-            `Attention`, for "clear" a FLUX or Stable Diffusion 3 transformer, for "lit" a DiT or
+        model_or_pipe: a pipeline (all its denoising models are taken, as `transformer` and
+            `transformer_2` of Wan 2.2; pass `pipe.controlnet` to take that), or a model: for
+            "clear" and "hybrid" any whose grid of tokens is known (`linfusion.describe_host`), for
+            "linfusion" one whose self-attention is diffusers' `Attention`, for "lit" a DiT or
             PixArt transformer, for "mate" that of Wan, SANA-Video or CogVideoX.
         method: name of the mechanism, one of `linfusion.attention.names()`; None is that of the
             weights, and "linfusion" without weights.
@@ -62,9 +63,9 @@ def linearize(
             video frames, height and width. A bare model counts 8 pixels to a latent, and 4 frames
             after the first.
         **options: fields of the method's options, `linfusion.attention.get_method(method).options`:
-            those of `Maps` for "linfusion", `Window` for "clear", `Form` (and `softmax_every`) for
-            "lit", `Mixture` for "mate". None is as if it were not given; what is not given is as
-            the weights say.
+            those of `Maps` for "linfusion", `Window` for "clear", `Rest` for "hybrid", `Form` (and
+            `softmax_every`) for "lit", `Mixture` for "mate". None is as if it were not given; what
+            is not given is as the weights say.
 
     Returns:
         `model_or_pipe`.

@@ -129,6 +129,10 @@ def tokens_at(model: nn.Module, path: str, size: tuple[int, ...]) -> int:
     if volumes.kind_of(model) is not None:
         frames, height, width = size
         return math.prod(volumes.grid_of(config, (frames, height, width)))
+    if "3D" in type(model).__name__:  # as diffusers calls transformers of video
+        raise ValueError(
+            f'layers: "auto" does not know how many tokens {path} of {type(model).__name__} sees'
+        )
     height, width = size
     blocks = config.get("block_out_channels")
     # FLUX: its pipelines pack 2×2 latents into a token, which its patch_size does not say.

@@ -36,8 +36,8 @@ class TrainConfig:
     Attributes:
         pretrained_model_name_or_path: folder or hub name of the teacher pipeline, or "zoo:emoji".
         revision, variant: passed to `from_pretrained`.
-        method: of `linfusion.linearize`: "linfusion" for UNets, "clear" for FLUX and Stable
-            Diffusion 3, "lit" for DiT and PixArt, "mate" for Wan, SANA-Video and CogVideoX.
+        method: of `linfusion.linearize`: "linfusion" for UNets, "clear" and "hybrid" for FLUX and
+            Stable Diffusion 3, "lit" for DiT and PixArt, "mate" for Wan, SANA-Video and CogVideoX.
             "lingen" trains the whole transformer of a LinGenPipeline on clips and pictures,
             without a teacher.
         options: of the method, the dataclass that `linfusion.attention.get_method(method).options`

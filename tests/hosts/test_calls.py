@@ -6,6 +6,7 @@ import copy
 import pickle
 import threading
 
+import diffusers
 import pytest
 import torch
 
@@ -211,3 +212,42 @@ def test_moving_one_latent_moves_keys_of_the_taken_layers_alone():
         assert taken and not taken & still, name
         seen[name] = still
     assert all(seen[name] for name in seen if name != "LTX2VideoTransformer3DModel")
+
+
+@pytest.mark.parametrize("name", [FLUX2, COG])
+def test_an_offloaded_model_computes_the_same(name):
+    from accelerate import cpu_offload
+
+    model, call = linear(name, features="hedgehog", maps=True), arguments(name)
+    expected = outputs(model, call)
+    cpu_offload(model, "cpu")
+    assert torch.equal(outputs(model, call), expected)
+    linfusion.restore(model)
+    linfusion.linearize(model, "hybrid", window=2, cell=2)
+    assert outputs(model, call).isfinite().all()
+
+
+def test_a_processor_that_does_not_reach_the_attention_is_an_error():
+    model, call = linear(WAN), arguments(WAN)
+
+    def elsewhere(q, k, v, **_):  # as a kernel that is called past diffusers' dispatch
+        return v
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            diffusers.models.transformers.transformer_wan, "dispatch_attention_fn", elsewhere
+        )
+        with pytest.raises(ValueError, match="attention backend: WanAttnProcessor did not reach"):
+            outputs(model, call)
+    assert CALL.layer is None
+
+
+@pytest.mark.parametrize("more", [{"is_causal": True}, {"dropout_p": 0.1}], ids=str)
+def test_a_causal_call_and_a_dropout_are_refused(more):
+    model, call = linear(WAN), arguments(WAN)
+    home = diffusers.models.transformers.transformer_wan
+    dispatch = home.dispatch_attention_fn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(home, "dispatch_attention_fn", lambda *a, **k: dispatch(*a, **{**k, **more}))
+        with pytest.raises(ValueError, match=r"(is_causal|dropout_p): got"):
+            outputs(model, call)

@@ -11,6 +11,7 @@ from linfusion.layers.record import record_of
 from tests.hosts.images import IMAGES
 from tests.hosts.oracle import windowed
 from tests.hosts.refused import REFUSED
+from tests.hosts.support import PAGE, page
 from tests.hosts.tiny import Random, build, outputs
 from tests.hosts.unets import UNETS
 from tests.hosts.videos import VIDEOS
@@ -69,3 +70,7 @@ def test_no_class_of_diffusers_is_forgotten():
         and "Adapter" not in name  # parts for another model
     }
     assert found == set(TAKEN) | set(REFUSED)
+
+
+def test_the_support_table_is_that_of_this_diffusers():
+    assert page() == PAGE.read_text(), "run python -m tests.hosts.support --write"

@@ -17,9 +17,11 @@ from linfusion.students.saving import save
 from tests.hosts.images import IMAGES
 from tests.hosts.refused import REFUSED
 from tests.hosts.tiny import Random, Tiny, build, outputs
+from tests.hosts.unets import UNETS
 from tests.hosts.videos import VIDEOS, WAN
 
 ROWS = IMAGES | VIDEOS
+GATED = {"attention_type": "gated"}  # GLIGEN
 FLUX2, WAN3D = "Flux2Transformer2DModel", "WanTransformer3DModel"
 
 
@@ -160,6 +162,23 @@ def test_a_text_refiner_is_not_taken_for_pixels(name):
         linfusion.linearize(model, "linfusion")
     taken = record_of(linfusion.linearize(model, "hybrid")).layers
     assert taken and not any("refiner" in path for path in taken)
+
+
+def test_fusers_and_encoders_of_frames_are_not_taken_for_pixels():
+    unet = diffusers.UNet2DConditionModel(**UNETS["UNet2DConditionModel"].config | GATED)
+    video = diffusers.I2VGenXLUNet(**UNETS["I2VGenXLUNet"].config)
+    for model in (unet, video):
+        for method in ("linfusion", "clear"):
+            taken = record_of(linfusion.linearize(model, method)).layers
+            assert taken and all(path.endswith(".attn1") for path in taken)
+            assert not any("temp" in path or "fuser" in path for path in taken)
+            linfusion.restore(model)
+
+
+def test_auto_does_not_guess_the_tokens_of_a_video():
+    model = build("HunyuanVideoTransformer3DModel", VIDEOS["HunyuanVideoTransformer3DModel"])
+    with pytest.raises(ValueError, match=r"auto.*does not know"):
+        linfusion.linearize(model, "clear", layers="auto", size=512)
 
 
 def test_a_model_whose_attention_is_another_class_is_refused_not_broken():

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from accelerate import init_empty_weights
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, UNet3DConditionModel
 from safetensors.torch import load_file, save_file
 
 import linfusion
@@ -340,6 +340,20 @@ def test_the_published_student_is_found_by_the_shape_of_the_model(name):
     with init_empty_weights():
         unet = UNet2DConditionModel(**SHAPES[name])
     assert published_for(unet) == name
+
+
+def test_a_model_of_the_same_shape_that_is_another_gets_no_student():
+    with init_empty_weights():
+        kolors = UNet2DConditionModel(
+            **SHAPES["Yuanshi/LinFusion-XL"],
+            encoder_hid_dim=4096,
+            encoder_hid_dim_type="text_proj",
+        )
+        video = UNet3DConditionModel(cross_attention_dim=1024)
+    with pytest.raises(ValueError, match=r"a text of 4096 channels, as Kolors does"):
+        published_for(kolors)
+    with pytest.raises(ValueError, match="it is a UNet3DConditionModel"):
+        published_for(video)
 
 
 def test_a_shape_nobody_published_for_says_what_there_is():

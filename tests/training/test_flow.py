@@ -1,5 +1,7 @@
 """Distillation of the flow models FLUX and Stable Diffusion 3 into CLEAR."""
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -47,6 +49,19 @@ def settings(tmp_path, **changes):
             **changes,
         }
     )
+
+
+def test_a_hybrid_is_trained_as_a_whole_from_where_stage_1_left_it(tmp_path):
+    pipe = tiny_flux_pipeline()
+    options = {"window": 2.0, "cell": 2, "maps": True}
+    pictures = settings(tmp_path)
+    changes = {"method": "hybrid", "options": options}
+    out = distill(dataclasses.replace(pictures, **changes), pipeline=pipe)
+    student = load_file(out / WEIGHTS)
+    assert any(".hybrid.map_k." in name for name in student)
+    linfusion.linearize(pipe, weights=out)
+    found = linfusion.summary(pipe)
+    assert found.method == "hybrid" and all(layer.linear for layer in found.layers)
 
 
 @pytest.fixture(params=["flux", "sd3"])

@@ -28,6 +28,14 @@ class PerHead(nn.Module):
         return out.unflatten(2, (x.shape[2], -1))
 
 
+def fresh_map(heads: int, channels: int) -> PerHead:
+    """A linear map of each head that gives zero until it is trained."""
+    made = PerHead(heads, channels, channels)
+    for parameter in made.parameters():
+        nn.init.zeros_(parameter)
+    return made
+
+
 class FeatureMap(nn.Module):
     """φ, which is never negative.
 

@@ -12,7 +12,7 @@ from torch import nn
 from linfusion.attention.hosts import layout
 from linfusion.attention.hosts.layers import hosted_layers
 from linfusion.attention.hosts.processor import HostedProcessor, hosted
-from linfusion.attention.hybrid.form import NAME, Rest, Summarised
+from linfusion.attention.hybrid.form import NAME, Rest, Summarised, window_keys
 from linfusion.attention.method import Method, head_dim_of, heads_of
 
 
@@ -22,17 +22,18 @@ def settings(
     """Fields of the `Rest` of every layer: the options, else what the weights say.
 
     Raises:
-        ValueError: other features than those of the weights.
+        ValueError: another learned part than that of the weights.
     """
     if stored is None:
         return {path: asdict(Rest(**options)) for path in paths}
     found = {}
     for path, setting in stored.items():
-        if options.get("features", setting["features"]) != setting["features"]:
-            raise ValueError(
-                f"features: got {options['features']!r}, but {path} of the weights has"
-                f" {setting['features']!r}; leave it out"
-            )
+        for name in ("maps", "features"):
+            if options.get(name, setting[name]) != setting[name]:
+                raise ValueError(
+                    f"{name}: got {options[name]!r}, but {path} of the weights has"
+                    f" {setting[name]!r}; leave it out"
+                )
         found[path] = asdict(Rest(**{**setting, **options}))
     return found
 
@@ -40,11 +41,11 @@ def settings(
 def break_even_tokens(attn: Any, setting: Mapping[str, Any]) -> int:
     """Tokens N of a picture at which window, cells and state have the scores of softmax.
 
-    The window has about π·r² keys and the cells N/f²; the state, of F features, has 2·F·D products
+    The cells are N/f² keys; the state, of F features, has 2·F·D products
     a token to be made and read, that is F keys.
     """
     rest = Rest(**setting)
-    keys = math.pi * rest.window**2
+    keys = window_keys(rest.window, 2)
     if rest.features is not None:
         keys += head_dim_of(attn) * (1 if rest.features == "elu1" else 2)
     return math.ceil(keys / (1 - rest.cell**-2) if rest.cell else keys)
