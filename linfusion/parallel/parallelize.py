@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -264,9 +264,13 @@ def _streamed(mesh: Mesh, stream: Callable[..., Iterator[Any]]) -> Callable[...,
 
 def _together_each(mesh: Mesh, found: Iterator[Any]) -> Iterator[Any]:
     end = object()
-    while True:
-        with _as_one(mesh):
-            item = next(found, end)
-        if item is end:
-            return
-        yield item
+    try:
+        while True:
+            with _as_one(mesh):
+                item = next(found, end)
+            if item is end:
+                return
+            yield item
+    finally:
+        if isinstance(found, Generator):
+            found.close()  # not when it happens to be collected: it has a folder
