@@ -123,6 +123,9 @@ def _models(model_or_pipe: Any) -> list[Any]:
             f"model_or_pipe: got {type(model_or_pipe).__name__}, expected a torch module or a"
             " pipeline with a unet or a transformer"
         )
+    second: Any = getattr(model_or_pipe, "transformer_2", None)  # of Wan 2.2
+    if isinstance(second, nn.Module) and record_of(second) is not None:
+        found.append(second)
     nets = getattr(model_or_pipe, "controlnet", None)
     nets = [] if nets is None else list(getattr(nets, "nets", [nets]))
     return found + [net for net in nets if pictures.is_picture_model(net)]
