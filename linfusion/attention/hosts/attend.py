@@ -202,7 +202,8 @@ def _seen(
         if not parts:
             return None
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    place = (id(keep), start, end, x.device)  # the layout holds `keep`; layers share what is copied there
+    # The layout holds `keep`, and so its id; layers share what was copied to the device.
+    place = (id(keep), start, end, x.device)
     if place not in layout.masks:
         left = [i for i, kept in enumerate(keep) if kept and not start <= i < end]
         layout.masks[place] = torch.tensor(left, dtype=torch.long, device=x.device)
