@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from linfusion.bands.evaluate import consumers_first, evaluate
 from linfusion.bands.hollow import hollow
+from linfusion.bands.shapes import like_of
 from linfusion.bands.store import Store, Whole
 
 BAND_BYTES = 1 << 25  # of the widest tensor of a band
@@ -273,16 +274,14 @@ def map_rows(
     places = [i for i, a in enumerate(flat) if isinstance(a, Rows)]
     parents = [flat[i].node for i in places]
     first = parents[0]
-    metas = [_meta(a) if isinstance(a, Tensor) else a for a in flat]
-    meta_args, meta_kwargs = tree_unflatten(metas, tree)
-    like = func(*meta_args, **meta_kwargs)
-    axis = first.axis + like.ndim - len(first.shape) if axis is None else axis
+    like = like_of(func, flat, tree, _meta)
+    axis = first.axis + len(like.shape) - len(first.shape) if axis is None else axis
     line = first.line if line is None else line
     cut = []
     if broadcast:
         for i, a in enumerate(flat):
             if isinstance(a, Tensor) and i not in places:
-                dim = axis - like.ndim + a.ndim
+                dim = axis - len(like.shape) + a.ndim
                 if dim >= 0 and a.shape[dim] > 1:
                     cut.append((i, dim))
     template = [None if isinstance(a, Rows) else a for a in flat]
@@ -296,11 +295,10 @@ def map_rows(
         band_args, band_kwargs = tree_unflatten(values, tree)
         return func(*band_args, **band_kwargs)
 
-    shape = tuple(like.shape)
-    work = flops(shape) if callable(flops) else flops
+    work = flops(like.shape) if callable(flops) else flops
     node = Node(
         first.engine,
-        shape,
+        like.shape,
         like.dtype,
         first.device,
         axis=axis,

@@ -211,10 +211,10 @@ def unreadable(source: Any, error: OSError) -> ValueError:
     """That there is no student at a folder or hub name, and why."""
     name = os.fspath(source)
     there = os.path.exists(name)
-    if there and not os.path.exists(os.path.join(name, "config.json")):
-        return ValueError(f"weights: cannot read {source}: it has no config.json")
     if not there and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         return ValueError(f"weights: cannot read {source}: there is no such folder")
+    if there and not os.path.isfile(os.path.join(name, "config.json")):
+        return ValueError(f"weights: cannot read {source}: it has no readable config.json")
     if not there and HF_HUB_OFFLINE:
         return ValueError(
             f"weights: cannot read {source}: there is no such folder, and it is not in the cache of"

@@ -150,3 +150,9 @@ def test_a_lit_and_a_mate_host_hand_on_what_they_were_called_with():
         lambda: tiny_video_hosts.forward(wan, tiny_video_hosts.inputs(wan, (3, 4, 4))),
     ]
     assert not at_once(calls, times=5)
+
+
+def test_stable_diffusion_3_compiles_in_one_graph():
+    model, inputs, call = linear("sd3")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(call(compiled, inputs(9, 10)), call(model, inputs(9, 10)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from linfusion.kernels import linear_attention, linear_state, ssd_scan
 
-LOST = [float("nan"), float("inf"), float("-inf")]
+LOST = [float("nan"), float("inf")]
 EVERY = ["reference", "blocked", "triton"]
 
 
@@ -16,13 +16,13 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def scanned(tokens: int = 70) -> dict[str, Tensor]:
+def scanned(tokens: int = 40) -> dict[str, Tensor]:
     return {
-        "x": draw(2, tokens, 4, 8),
-        "dt": draw(2, tokens, 4, seed=1),
-        "A": -draw(4, seed=2).exp(),
-        "B": draw(2, tokens, 2, 8, seed=3),
-        "C": draw(2, tokens, 2, 8, seed=4),
+        "x": draw(2, tokens, 2, 8),
+        "dt": draw(2, tokens, 2, seed=1),
+        "A": -draw(2, seed=2).exp(),
+        "B": draw(2, tokens, 1, 8, seed=3),
+        "C": draw(2, tokens, 1, 8, seed=4),
     }
 
 
@@ -31,26 +31,25 @@ def scanned(tokens: int = 70) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", ["x", "dt", "B", "C"])
 @pytest.mark.parametrize("impl", EVERY)
 def test_a_scan_carries_it_to_later_tokens_alone(impl, name, reverse, lost):
-    tensors, at = scanned(), 36  # inside a chunk, inside a tile
-    choices = {"chunk_size": 64, "dt_softplus": True, "reverse": reverse, "impl": impl}
+    tensors, at = scanned(), 20  # inside a chunk, inside a tile
+    choices = {"chunk_size": 32, "dt_softplus": True, "reverse": reverse, "impl": impl}
     whole = ssd_scan(**tensors, **choices)
     tensors[name][1, at, 0] = lost
     y = ssd_scan(**tensors, **choices)
     before = slice(at + 1, None) if reverse else slice(0, at)
     assert torch.equal(y[0], whole[0])
     assert torch.allclose(y[1, before], whole[1, before], rtol=1e-5, atol=1e-6)
-    if not (name == "dt" and lost < 0):  # softplus(-∞) = 0: a step that does nothing
-        assert not y[1, at, 0].isfinite().all()
+    assert not y[1, at, 0].isfinite().all()
 
 
 @pytest.mark.parametrize("impl", EVERY)
 @pytest.mark.parametrize("size", [1e3, 1e38])
 def test_a_decay_of_any_size_gives_finite_outputs_and_gradients(impl, size):
     tensors = scanned()
-    tensors["A"] = torch.full((4,), -size)
+    tensors["A"] = torch.full((2,), -size)
     tensors["dt"] += 10  # A times it overflows
     leaves = [t.requires_grad_() for t in tensors.values()]
-    y, h = ssd_scan(**tensors, chunk_size=64, dt_softplus=True, return_final_states=True, impl=impl)
+    y, h = ssd_scan(**tensors, chunk_size=32, dt_softplus=True, return_final_states=True, impl=impl)
     grads = torch.autograd.grad(y.square().sum() + h.sum(), leaves)
     assert all(t.isfinite().all() for t in (y, h, *grads))
 

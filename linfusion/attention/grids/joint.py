@@ -211,7 +211,8 @@ class _Begin:
         _refuse_unknown(arguments)
         grids = self._read_ids(model, given) if "img_ids" in given else self._read(model, given)
         given[_ARGUMENTS] = {**(arguments or {}), ARGUMENT: grids}
-        _TOLD.set(grids)
+        if _is_controlnet(model) or not torch.compiler.is_compiling():  # it traces no such set
+            _TOLD.set(grids)
         for name in (
             "block_controlnet_hidden_states",
             "controlnet_block_samples",
@@ -301,6 +302,9 @@ def _hand_on(pos_embed: Any, args: Any, output: Any) -> RotaryTable:
 
 def _order_patches(pos_embed: Any, args: Any, output: Tensor) -> Tensor:
     """After the patches of Stable Diffusion 3, which come as a picture: in order."""
+    if torch.compiler.is_compiling():  # as the model's hook has it
+        height, width = (n // pos_embed.patch_size for n in args[0].shape[-2:])
+        return output if torch.is_grad_enabled() else TileOrder((height, width)).permute(output)
     grids = _TOLD.get()
     assert grids is not None  # the model's hook ran before
     return grids.permute(output)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from linfusion.attention.grids import video as volumes
+from linfusion.attention.mamba2.inherit import inherit as inherit_attention
 from linfusion.attention.mamba2.qk_norms import qk_norm_of
 from linfusion.attention.mate.processor import _OF_LAYER, NAME, MATEProcessor, Mixer, Mixture
 from linfusion.attention.method import Method, channels_of, same_settings
@@ -98,7 +99,9 @@ def inherit(attn: Any, child: nn.Module) -> None:
         for linear in (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
     )
     norms = {"norm_q": attn.norm_q, "norm_k": attn.norm_k}
-    child.ma.inherit(SimpleNamespace(to_q=to_q, to_k=to_k, to_v=to_v, to_out=[out], **norms))
+    inherit_attention(
+        child.ma, SimpleNamespace(to_q=to_q, to_k=to_k, to_v=to_v, to_out=[out], **norms)
+    )
 
 
 def _is_fresh(child: nn.Module) -> bool:

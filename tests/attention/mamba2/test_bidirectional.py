@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import Attention
 
 from linfusion.attention.mamba2.bidirectional import BiMamba2
 from linfusion.attention.mamba2.causal import Mamba2
+from linfusion.attention.mamba2.inherit import from_attention
 from linfusion.attention.mamba2.qk_norms import QK_NORMS
 from tests.attention.mamba2.test_causal import causal, shaken, tokens
 
@@ -121,7 +122,7 @@ def test_the_forward_direction_carries_a_state_and_the_backward_one_starts_afres
 def test_from_attention_starts_as_the_attention_without_its_softmax():
     torch.manual_seed(0)
     attn = Attention(24, heads=3, dim_head=8, bias=True).double()
-    layer, x = BiMamba2.from_attention(attn), tokens(17)
+    layer, x = from_attention(attn), tokens(17)
     q, k, v = (p(x).unflatten(-1, (3, 8)) for p in (attn.to_q, attn.to_k, attn.to_v))
     n = torch.arange(17)
     weight = 1e-3 * torch.exp(-1e-3 * (n[:, None] - n).abs()) * (1 + (n[:, None] == n).double())
@@ -185,7 +186,7 @@ def normed(kind):
 @pytest.mark.parametrize("kind", QK_NORMS)
 def test_from_attention_norms_queries_and_keys_as_the_attention_does(kind):
     attn, x = normed(kind), tokens(17)
-    layer = BiMamba2.from_attention(attn)
+    layer = from_attention(attn)
     q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
     if kind.endswith("across_heads"):
         q, k = attn.norm_q(q), attn.norm_k(k)
@@ -199,7 +200,7 @@ def test_from_attention_norms_queries_and_keys_as_the_attention_does(kind):
     expected = attn.to_out[0](y)
     # Float32 inside diffusers' norms; without ours the difference is 1e-3 and more.
     torch.testing.assert_close(layer(x), expected, atol=1e-8, rtol=1e-5)
-    bare = BiMamba2.from_attention(attn)
+    bare = from_attention(attn)
     bare.norm_q = bare.norm_k = None
     assert (bare(x) - expected).abs().max() > 1e-3
 
@@ -207,11 +208,11 @@ def test_from_attention_norms_queries_and_keys_as_the_attention_does(kind):
 def test_a_norm_the_scan_has_no_place_for_is_refused():
     attn = normed("l2")
     with pytest.raises(ValueError, match="attn: norms queries and keys with LpNorm"):
-        BiMamba2.from_attention(attn)
+        from_attention(attn)
     attn = normed("rms_norm")
     attn.norm_k.eps = 1e-3
     with pytest.raises(ValueError, match="attn: norm_q and norm_k differ"):
-        BiMamba2.from_attention(attn)
+        from_attention(attn)
 
 
 def test_average_halves_the_sum_of_the_directions():

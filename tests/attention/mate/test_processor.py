@@ -12,6 +12,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
 
 import linfusion
+from linfusion.attention.mamba2.inherit import inherit
 from linfusion.attention.mate.processor import MATEProcessor, Mixture
 from linfusion.layers.find import tokens_at
 from linfusion.layers.record import record_of
@@ -162,7 +163,7 @@ def test_the_sum_of_both_branches_is_the_window_and_the_scan():
         attn.mate.ma.out_proj.weight.zero_()
         attn.mate.ma.out_proj.bias.zero_()
         window = attn(x, None, None, rotary)
-        attn.mate.ma.inherit(attn)
+        inherit(attn.mate.ma, attn)
         review = linfusion.attention.mate.layer.pool(x.view(2, 5, 4, 3, 24), (2, 2, 2)).flatten(
             1, 3
         )
