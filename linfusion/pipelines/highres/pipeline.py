@@ -216,11 +216,7 @@ class HighResPipeline:
         Raises:
             ValueError: as the call itself.
         """
-        defaults = {
-            k: v
-            for k, v in (HighResPipeline.__call__.__kwdefaults__ or {}).items()
-            if k not in call
-        }
+        defaults = HighResPipeline.__call__.__kwdefaults__ or {}
         self._refuse_controlnet("plan")
         call = {"prompt": prompt, **defaults, **call}
         with self._prepared(call, self._job(call)) as (run, job):
