@@ -58,7 +58,7 @@ def put_on(plan: Plan) -> None:
         undo.callback(_strip, model)
         setattr(model, RECORD, record)
         model.register_forward_pre_hook(look)
-        guard(record)
+        guard(model, record)
         mark(
             model,
             {
@@ -158,7 +158,7 @@ def _hang(
     for path, taken in record.layers.items():
         taken.layer._modules.update(children[path])
     setattr(model, RECORD, record)
-    guard(record)
+    guard(model, record)
     if not any(hook is look for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(look)
     if config is not None:
@@ -170,7 +170,7 @@ def _strip(model: nn.Module) -> None:
     record = record_of(model)
     if record is not None:
         mechanism = get_method(record.method)
-        unguard(record)
+        unguard(model, record)
         for taken in record.layers.values():
             for name in (mechanism.name, mechanism.fused_name or ""):
                 taken.layer._modules.pop(name, None)

@@ -214,7 +214,6 @@ class TrainConfig:
         self._check_clips()
 
     def _check_choices(self) -> None:
-        import torch
         from diffusers.optimization import SchedulerType
 
         schedules = [s.value for s in SchedulerType if s.value != "piecewise_constant"]
@@ -225,8 +224,6 @@ class TrainConfig:
         for name in _OF_LIT:
             if self.method != "lit" and getattr(self, name) is not None:
                 raise ValueError(f"{name}: given, but only method 'lit' has it")
-        if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimizer: 'muon' needs torch 2.9 or newer, got {torch.__version__}")
         if self.projection_rank is not None and (
             self.method == "lit" or not self.train_projections
         ):

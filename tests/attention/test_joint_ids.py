@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linfusion.attention.grids.joint import grids_of
+from linfusion.attention.grids.joint import RotaryTable, grids_of
 from tests.tiny_joint import flux_inputs
 
 
@@ -25,3 +29,13 @@ def test_ids_are_read_once_a_tensor_and_again_when_they_change():
     ids[:, 1:] = torch.cartesian_prod(torch.arange(8.0), torch.arange(3.0))
     assert grids_of(ids)[0].sizes == ((8, 3),)
     assert grids_of(ids.clone())[0].sizes == ((8, 3),)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_a_copied_rotary_table_knows_its_grids(copied):
+    grids, ids = grids_of(flux_inputs(4, 6)["img_ids"])
+    table = copied(RotaryTable((ids, 2 * ids), grids))
+    assert isinstance(table, RotaryTable) and table.grids == grids
+    assert torch.equal(table[0], ids) and torch.equal(table[1], 2 * ids)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from pickle import dumps, loads
 
 import pytest
 import torch
@@ -100,10 +102,30 @@ def test_a_model_saved_again_without_its_student_says_so_and_can_be_plain(tmp_pa
 
 
 def test_pickled_weights_are_named(tmp_path):
-    student(1).save_pretrained(tmp_path, safe_serialization=False)
+    unet = student(1)
+    unet.save_config(tmp_path)
+    torch.save(unet.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
     again = UNet2DConditionModel.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"pickled \(safe_serialization=False\), which is never"):
         linfusion.linearize(again)
+
+
+@pytest.mark.parametrize("copied", [lambda x: x, copy.deepcopy, lambda x: loads(dumps(x))])
+def test_a_student_is_never_pickled_into_a_model(copied, tmp_path):
+    unet = copied(student(1))
+    for save in (unet.save_pretrained, torch.compile(unet).save_pretrained):
+        with pytest.raises(ValueError, match="safe_serialization: got False; a linearized model"):
+            save(tmp_path, safe_serialization=False)
+    assert not [*tmp_path.glob("*.bin"), *tmp_path.glob("*.safetensors")]
+    unet.save_pretrained(tmp_path, safe_serialization=True)
+    linfusion.restore(unet).save_pretrained(tmp_path / "plain", safe_serialization=False)
+    assert (tmp_path / "plain" / "diffusion_pytorch_model.bin").is_file()
+
+
+def test_a_pipeline_saved_pickled_is_refused_for_its_linear_part(tmp_path):
+    pipe = linfusion.linearize(tiny_sd_pipeline(), weights=student_for(tiny_unet(), seed=1))
+    with pytest.raises(ValueError, match="safe_serialization: got False; a linearized model"):
+        pipe.save_pretrained(tmp_path, safe_serialization=False)
 
 
 @pytest.mark.filterwarnings("ignore:.*linearized without weights")

@@ -85,6 +85,9 @@ class RotaryTable(tuple):
         table.grids = grids
         return table
 
+    def __reduce__(self) -> Any:
+        return RotaryTable, (tuple(self), self.grids)
+
     def to(self, *args: Any, **kwargs: Any) -> RotaryTable:
         """On another device; offloading calls it on what it hands to a block."""
         return RotaryTable([x.to(*args, **kwargs) for x in self], self.grids)

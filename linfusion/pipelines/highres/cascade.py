@@ -14,10 +14,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from linfusion.layers.find import candidates
 from linfusion.layers.record import MARKER, record_of
 from linfusion.linearize import as_softmax, linearize, restore
-from linfusion.pipelines.highres.hosts import denoiser, is_transformer, window_options
+from linfusion.pipelines.highres.hosts import called, denoiser, is_transformer, window_options
 from linfusion.pipelines.highres.stages import Job, Stage
+from linfusion.pipelines.highres.twin import can_have_a_twin, twin, with_transformer
 
 Clear = Mapping[str, Any] | bool
 
@@ -51,25 +53,41 @@ def check_clear(pipe: Any, clear: Clear) -> None:
 
 
 @contextlib.contextmanager
-def with_windows(pipe: Any, clear: Clear) -> Iterator[None]:
-    """Within, a transformer attends as in the later stages; then it is as it was, to the bit.
+def with_windows(pipe: Any, sibling: Any, clear: Clear) -> Iterator[tuple[Any, Any]]:
+    """Within, two pipelines whose transformer attends as in the later stages.
 
-    Its layers are other ones for that time, so runs that share a transformer wait for one another.
+    They are others over the same weights, so that whoever calls the transformer meanwhile finds it
+    as it is. Where those cannot be had (it is compiled, or hooks of diffusers are on it), its own
+    layers are other ones for that time, and runs that share it wait for one another.
     """
     if not is_transformer(pipe) or clear is False:
-        yield
+        yield pipe, sibling
         return
-    with _turn_of(denoiser(pipe)):
-        if record_of(denoiser(pipe)) is not None:
-            yield
-            return
-        given = dict(clear) if isinstance(clear, Mapping) else {}
-        trained = "weights" in given or MARKER in denoiser(pipe).config
-        linearize(pipe, "clear", **(window_options(pipe, trained=trained) | given))
+    model = denoiser(pipe)
+    if called(pipe) is model and can_have_a_twin(model):
+        record = record_of(model)
+        other = twin(model, record.layers if record else candidates(model, "clear"))
+        pipe, sibling = (with_transformer(one, other) for one in (pipe, sibling))
+        _put_on(pipe, clear)
+        yield pipe, sibling
+        return
+    with _turn_of(model):
+        ours = _put_on(pipe, clear)
         try:
-            yield
+            yield pipe, sibling
         finally:
-            restore(pipe)
+            if ours:
+                restore(pipe)
+
+
+def _put_on(pipe: Any, clear: Clear) -> bool:
+    """Give a transformer that is not linear yet its windows; whether it was not."""
+    if record_of(denoiser(pipe)) is not None:
+        return False
+    given = dict(clear) if isinstance(clear, Mapping) else {}
+    trained = "weights" in given or MARKER in denoiser(pipe).config
+    linearize(pipe, "clear", **(window_options(pipe, trained=trained) | given))
+    return True
 
 
 def _turn_of(model: nn.Module) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -192,18 +193,16 @@ class HighResPipeline:
         generator = one_generator(generator, resumed)
         if state is not None:
             pack(self.pipe.scheduler, {})  # refuses what could not be kept
-        with self._prepared(call, job) as job:
-            if self.budget is not None:
-                forecast(self.pipe, self.sibling, job, self.memory_budget, self.scratch)
-            check_disk(self.pipe, job, state)
-            about = about_run(self.pipe, job, generator)
-            decisive = {} if state is None else what_decides(self.pipe, job, generator, about)
+        with self._prepared(call, job) as (run, job):
+            if run.budget is not None:
+                forecast(run.pipe, run.sibling, job, run.memory_budget, run.scratch)
+            check_disk(run.pipe, job, state)
+            about = about_run(run.pipe, job, generator)
+            decisive = {} if state is None else what_decides(run.pipe, job, generator, about)
             tensors = list(callback_on_step_end_tensor_inputs)
-            with State(state, decisive, resume=resume) as kept, progress(self.pipe, job) as bar:
-                latents, stopped = self._latents(
-                    job, generator, kept, bar, callback_on_step_end, tensors
-                )
-                return self._deliver(job, latents, stopped, about, bar)
+            with State(state, decisive, resume=resume) as kept, progress(run.pipe, job) as bar:
+                drawn = run._latents(job, generator, kept, bar, callback_on_step_end, tensors)
+                return run._deliver(job, *drawn, about, bar)
 
     def plan(
         self, prompt: str | list[str] | None = None, *, measure: bool = True, **call: Any
@@ -217,16 +216,12 @@ class HighResPipeline:
         Raises:
             ValueError: as the call itself.
         """
-        defaults = {
-            k: v
-            for k, v in (HighResPipeline.__call__.__kwdefaults__ or {}).items()
-            if k not in call
-        }
+        defaults = HighResPipeline.__call__.__kwdefaults__ or {}
         self._refuse_controlnet("plan")
         call = {"prompt": prompt, **defaults, **call}
-        with self._prepared(call, self._job(call)) as job:
+        with self._prepared(call, self._job(call)) as (run, job):
             return make_plan(
-                self.pipe, self.sibling, job, self.memory_budget, self.scratch, measure=measure
+                run.pipe, run.sibling, job, run.memory_budget, run.scratch, measure=measure
             )
 
     def _refuse_controlnet(self, name: str) -> None:
@@ -238,11 +233,15 @@ class HighResPipeline:
             )
 
     @contextlib.contextmanager
-    def _prepared(self, call: dict[str, Any], job: Job) -> Iterator[Job]:
-        """Within, attention and scheduler are as in later stages; yields the job for them."""
-        with with_windows(self.pipe, self.clear), shifted(self.pipe, self.sibling, job.shift):
-            pooled = pooled_by(self.pipe)
-            yield job if pooled == 1 else self._job(call, pooled)
+    def _prepared(self, call: dict[str, Any], job: Job) -> Iterator[tuple[HighResPipeline, Job]]:
+        """Within, one of these with attention and scheduler as in later stages, and its job."""
+        run = copy.copy(self)
+        with (
+            with_windows(self.pipe, self.sibling, self.clear) as (run.pipe, run.sibling),
+            shifted(run.pipe, run.sibling, job.shift),
+        ):
+            pooled = pooled_by(run.pipe)
+            yield run, job if pooled == 1 else run._job(call, pooled)
 
     def _job(self, call: dict[str, Any], pooled: int = 1) -> Job:
         """A call, checked; what is not the job's is left out of it."""

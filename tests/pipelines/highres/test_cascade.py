@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxControlNetPipeline,
@@ -15,6 +17,7 @@ from diffusers import (
     FluxKontextPipeline,
     StableDiffusion3Img2ImgPipeline,
 )
+from diffusers.hooks import HookRegistry
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -30,6 +33,8 @@ from linfusion.pipelines.highres.stages import Stage
 from linfusion.students import saving as weights
 from tests.tiny import tiny_image, tiny_sd_pipeline
 from tests.tiny_joint import (
+    flux_inputs,
+    forward,
     tiny_flux,
     tiny_flux_controlnet,
     tiny_flux_pipeline,
@@ -156,6 +161,44 @@ def test_windows_and_their_weights_are_gone_after_a_run(student, error):
     assert during == [False] * 4 + [True] * (len(during) - 4) and during[-1]
     assert same(everything(pipe.transformer), before)
     assert pipe.scheduler is scheduler and dict(scheduler.config) == config
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_others_who_call_the_transformer_during_a_run_find_it_as_it_was(student, linear):
+    pipe = tiny_flux_pipeline()
+    if linear:
+        linfusion.linearize(pipe, "clear", weights=student, **({"ntk": 10.0} | WINDOW))
+    highres = HighResPipeline(pipe, clear=True if linear else {"weights": student})
+    alone, inputs = draw(pipe, highres), flux_inputs()
+
+    def call():
+        return forward(pipe.transformer, inputs)
+
+    before, said = everything(pipe.transformer), call()
+    calls = []
+
+    def callback(runs, i, t, given):
+        assert runs.transformer is not pipe.transformer
+        with ThreadPoolExecutor(1) as other:
+            calls.append(torch.equal(other.submit(call).result(), said))
+        return {}
+
+    assert torch.equal(draw(pipe, highres, callback_on_step_end=callback), alone)
+    assert len(calls) > 4 and all(calls) and same(everything(pipe.transformer), before)
+
+
+@pytest.mark.parametrize("how", ["offloaded", "hooked"])
+def test_windows_and_weights_of_a_run_where_hooks_are_on_the_transformer(student, how):
+    highres = HighResPipeline(pipe := tiny_flux_pipeline(), clear={"weights": student})
+    want = draw(pipe, highres)
+    if how == "offloaded":
+        cpu_offload(pipe.transformer, torch.device("cpu"))
+        assert any(p.is_meta for p in pipe.transformer.parameters())
+    else:
+        HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+    for _ in range(2):
+        assert torch.equal(draw(pipe, highres), want)
+        assert record_of(pipe.transformer) is None
 
 
 def test_a_linearized_pipeline_keeps_its_own_windows_for_the_later_stages():
@@ -493,8 +536,8 @@ def test_a_flux_without_a_guidance_embedding_takes_true_guidance_alone():
 
 def test_a_student_keeps_the_radius_it_was_trained_with(student):
     pipe = tiny_flux_pipeline()
-    with with_windows(pipe, {"weights": student}):
-        (window,) = {tuple(s.items()) for s in record_of(pipe.transformer).settings.values()}
+    with with_windows(pipe, pipe, {"weights": student}) as (drawing, _):
+        (window,) = {tuple(s.items()) for s in record_of(drawing.transformer).settings.values()}
     assert dict(window) | {"radius": 2.5, "ntk": 10.0, "proportional": True} == dict(window)
 
 
