@@ -70,9 +70,9 @@ def section(reports: list[Report]) -> list[str]:
         "# Norms, activations, rotations, gates and convolutions",
         "",
         f"Bytes for batch {BATCH}, {TOKENS} tokens, {HEADS} heads; a norm with an activation is "
-        "over the channels of all heads, as one with a gate is, and one with a rotation over those of "
-        "a head; convolutions are of both directions. *Tile* is rows × channels, warps and "
-        "pipeline stages. *HBM* counts every tensor of the launch once, "
+        "over the channels of all heads, as one with a gate is, and one with a rotation over "
+        "those of a head; convolutions are of both directions. *Tile* is rows × channels, warps "
+        "and pipeline stages. *HBM* counts every tensor of the launch once, "
         "relative to those as long as the tokens.",
     ]
     for chip in dict.fromkeys(r.chip for r in reports):

@@ -25,7 +25,7 @@ from linfusion.kernels.launch import Launch, Target, cdiv, target_of
 
 # Of a program of 4 warps: a weight is read two channels a thread at a time. Gradients of weights,
 # which hold sums of every tap, take half the tokens.
-_CHANNELS, _TOKENS = 256, 16
+_CHANNELS, _TOKENS = 256, 16  # AMD's warps are twice as wide: 512 and 8
 
 
 @triton.jit
@@ -131,10 +131,7 @@ def before_silu(
         y = tl.zeros([BT, BC], tl.float32)
         y += tl.load(BIAS + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
         for j in tl.static_range(TAPS):
-            if BACK:
-                n = wrapped(p + TAPS - 1 - j, first, length)
-            else:
-                n = p - TAPS + 1 + j
+            n = wrapped(p + TAPS - 1 - j, first, length) if BACK else p - TAPS + 1 + j
             y += tap(W, j, c, C) * read_at(X, n, length, there, x_sn, c)
         s = tl.sigmoid(y)
         g *= s * (1 + y * (1 - s))
@@ -142,10 +139,7 @@ def before_silu(
     added = tl.zeros([BJ, BC], tl.float32)
     which = tl.arange(0, BJ)[:, None]
     for j in tl.static_range(TAPS):
-        if BACK:
-            n = wrapped(p + TAPS - 1 - j, first, length)
-        else:
-            n = p - TAPS + 1 + j
+        n = wrapped(p + TAPS - 1 - j, first, length) if BACK else p - TAPS + 1 + j
         seen = tl.sum(g * read_at(X, n, length, there, x_sn, c), 0)[None, :]
         added += tl.where(which == j, seen, 0.0)
     return tl.where(which == TAPS, tl.sum(g, 0)[None, :], added)
@@ -187,7 +181,7 @@ def conv_bwd_weights(
     there = (c < C)[None, :]
     dw = tl.zeros([BJ, BC], tl.float32)
     dw_b = tl.zeros([BJ, BC], tl.float32)
-    for i in range(0, share):
+    for i in range(share):
         tile = own * share + i
         b = tile // blocks
         t = tile % blocks * BT + tl.arange(0, BT)  # [BT]
@@ -267,7 +261,7 @@ def directional_conv(
     """As `reference.directional_conv`; a direction that there is not is empty."""
     target = target or target_of(x)
     x = x if x.stride(-1) == 1 else x.contiguous()
-    args, tiles = _arguments(x, (weight, bias, weight_b, bias_b), first)
+    args, tiles = _arguments(x, (weight, bias, weight_b, bias_b), first, target)
     args |= {"X": x, "SILU": silu} | _strides(x)
     out, out_b = _for_each(x, weight, weight_b)
     args |= {"OUT": out, "OUT_B": out_b}
@@ -293,7 +287,7 @@ def directional_conv_backward(
     x = x if x.stride(-1) == 1 else x.contiguous()
     dy, dy_b = dy.contiguous(), dy_b.contiguous()
     weights = (weight, bias, weight_b, bias_b)
-    own, tiles = _arguments(x, weights, first, _TOKENS // 2)
+    own, tiles = _arguments(x, weights, first, target, 2)
     taps, channels = own["TAPS"], x.shape[2]
     g, g_b = _for_each(x, weight, weight_b) if silu else (dy, dy_b)
 
@@ -307,7 +301,7 @@ def directional_conv_backward(
     _launch(target, conv_bwd_weights, programs, args)
 
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    args, tiles = _arguments(x, weights, first)
+    args, tiles = _arguments(x, weights, first, target)
     args |= {"G": g, "G_B": g_b, "DX": dx}
     for name in ("BIAS", "BIAS_B"):
         del args[name]
@@ -324,9 +318,11 @@ def directional_conv_backward(
 
 
 def _arguments(
-    x: Tensor, weights: Sequence[Tensor | None], first: int, held: int = _TOKENS
+    x: Tensor, weights: Sequence[Tensor | None], first: int, target: Target, parts: int = 1
 ) -> tuple[dict[str, Any], int]:
-    """Of every kernel, and how many tiles of `held` tokens there are."""
+    """Of every kernel, and how many tiles of tokens there are, of one of the `parts` of a tile."""
+    wide = 2 if target.vendor == "hip" else 1
+    held = _TOKENS // (wide * parts)
     batch, length, channels = x.shape
     blocks = cdiv(length, held)
     taps = next(w.shape[1] for w in weights[::2] if w is not None)
@@ -340,7 +336,7 @@ def _arguments(
             zeros = torch.zeros_like(args[of][0]) if zeros is None else zeros
             args[name] = zeros
     sizes: dict[str, Any] = {"length": length, "blocks": blocks, "first": first, "C": channels}
-    sizes |= {"TAPS": taps, "BT": held, "BC": _CHANNELS}
+    sizes |= {"TAPS": taps, "BT": held, "BC": _CHANNELS * wide}
     sizes |= {"FORWARD": weights[0] is not None, "BACKWARD": weights[2] is not None}
     return args | sizes, batch * blocks
 

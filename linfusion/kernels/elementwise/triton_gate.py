@@ -169,10 +169,9 @@ def gated_rms_norm_bwd(
             gate = z * s
             slope = s * (1 + z * (1 - s))
         if NORM:
+            v = y
             if GATE and not GATE_LAST:
-                v = y * gate
-            else:
-                v = y
+                v *= gate
             rms = tl.rsqrt(tl.sum(v * v, 1) / D + eps)[:, None]
             h = v * rms
             if GATE and GATE_LAST:
