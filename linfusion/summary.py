@@ -23,7 +23,7 @@ from linfusion.layers.record import Record, record_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from linfusion.layers.cost import Card
+    from linfusion.attention.cost import Card
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Summary:
 def summary(model_or_pipe: Any, method: str | None = None) -> Summary:
     """What is linear in a model, what it learned, what its state takes, and from when on it pays.
 
-    That is by the time computed for a card like the GPU the model is on (`linfusion.layers.cost`),
+    That is by the time computed for a card like the GPU the model is on (`linfusion.attention.cost`),
     and by multiplications where it is on none or the method knows no time.
 
     Args:

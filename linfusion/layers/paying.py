@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from linfusion.attention import cost
+from linfusion.attention.cost import H100, RTX_4090, Card
 from linfusion.attention.method import head_dim_of, heads_of
-from linfusion.layers import cost
-from linfusion.layers.cost import H100, RTX_4090, Card
 
 if TYPE_CHECKING:
     from linfusion.attention.method import Method

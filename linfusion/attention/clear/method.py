@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from linfusion.attention import cost
 from linfusion.attention.clear.processor import CLEARProcessor
 from linfusion.attention.clear.window import NAME, LocalWindow, Window
 from linfusion.attention.grids import joint as hosts
@@ -17,7 +18,6 @@ from linfusion.attention.hosts import layout
 from linfusion.attention.hosts.layers import hosted_layers
 from linfusion.attention.hosts.processor import HostedProcessor, hosted
 from linfusion.attention.method import Method, StudentFile, head_dim_of, heads_of
-from linfusion.layers import cost
 
 # Processors that compute softmax attention over text and image and nothing besides.
 _PLAIN = {

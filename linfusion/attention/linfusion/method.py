@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from linfusion.attention import cost
 from linfusion.attention.linfusion.fused import FusedLayer
 from linfusion.attention.method import Method, self_attention
-from linfusion.layers import cost
 
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from linfusion.attention import cost
 from linfusion.attention.grids import video as volumes
 from linfusion.attention.mamba2.inherit import inherit as inherit_attention
 from linfusion.attention.mamba2.qk_norms import qk_norm_of
 from linfusion.attention.mate.processor import _OF_LAYER, NAME, MATEProcessor, Mixer, Mixture
 from linfusion.attention.method import Method, channels_of, same_settings
-from linfusion.layers import cost
 
 # Processors that compute attention over the video, or text and video, and nothing besides.
 _PLAIN = {"WanAttnProcessor", "SanaLinearAttnProcessor3_0", "CogVideoXAttnProcessor2_0"}
