@@ -127,8 +127,9 @@ class Summary:
 def summary(model_or_pipe: Any, method: str | None = None) -> Summary:
     """What is linear in a model, what it learned, what its state takes, and from when on it pays.
 
-    That is by the time computed for a card like the GPU the model is on (`linfusion.attention.cost`),
-    and by multiplications where it is on none or the method knows no time.
+    That is by the time computed for a card like the GPU the model is on, as
+    `linfusion.attention.cost` has it, and by multiplications where it is on none or the method
+    knows no time.
 
     Args:
         model_or_pipe: a pipeline or a model, linearized or not.

@@ -60,8 +60,9 @@ class Method:
         is_fresh: whether a child still has the weights it was made with.
         break_even_tokens: `(attn, setting) -> tokens` from which on the layer has fewer
             multiplications than softmax.
-        passes: `(attn, setting, tokens) -> passes` of `linfusion.attention.cost` that the layer takes
-            in place of softmax, by which it is judged on a GPU; None judges by multiplications.
+        passes: `(attn, setting, tokens) -> passes` of `linfusion.attention.cost` that the layer
+            takes in place of softmax, by which it is judged on a GPU; None judges by
+            multiplications.
         state_bytes: bytes of the fp32 state a layer keeps per picture.
         projections: whether to_q, to_k, to_v and to_out are what a student consists of, so that
             they are always saved with it.
