@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-WANTS  := pyproject.toml setup.py constraints.txt
+WANTS  := pyproject.toml setup.py constraints.txt linfusion/_version.py
 
 # Two tests at a time, one thread each: the tensors are tiny, and two threads only wait for each other.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

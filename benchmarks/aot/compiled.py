@@ -26,6 +26,8 @@ FAMILIES = {
     "ssd": ssd,
     "norm": elementwise,
     "rotary": elementwise,
+    "conv": elementwise,
+    "gated": elementwise,
 }
 
 

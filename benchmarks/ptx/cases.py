@@ -69,6 +69,10 @@ CASES: dict[str, Case] = {
     "norm and activation f32, 129 channels": _case(elementwise.norm_and_activation, f32, 37, 129),
     "norm and rotation bf16 D=128": _case(elementwise.norm_and_rotation, bf16, 33, 3, 128),
     "norm and rotation f16 D=36": _case(elementwise.norm_and_rotation, f16, 7, 2, 36),
+    "both directions bf16, 128 channels": _case(elementwise.both_directions, bf16, 37, 128, 4, 0),
+    "both directions f32, 36 channels": _case(elementwise.both_directions, f32, 20, 36, 7, 3),
+    "gate and norm bf16 D=320": _case(elementwise.gate_and_norm, bf16, 19, 1, 320),
+    "norm and gate f32, 3×20": _case(elementwise.gate_and_norm, f32, 9, 3, 20, gate_last=True),
     "scan bf16 64×64, chunk 256": _case(scan.scan, bf16, 600, 2, 1, 64, 64, 256),
     "scan bf16 64×64, chunk 64, reverse": _case(
         scan.scan, bf16, 200, 4, 2, 64, 64, 64, reverse=True

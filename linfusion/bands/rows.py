@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from linfusion.bands.evaluate import consumers_first, evaluate
-from linfusion.bands.hollow import hollow
-from linfusion.bands.shapes import like_of
+from linfusion.bands.hollow import hollow, like_of
 from linfusion.bands.store import Store, Whole
 
 BAND_BYTES = 1 << 25  # of the widest tensor of a band

@@ -136,7 +136,7 @@ def generate(
             variant=variant,
             revision=revision,
             token=token,
-            device=device,
+            device=device or place.device,
             cpu_offload=cpu_offload,
         )
         of_classes = hasattr(pipe, "labels")

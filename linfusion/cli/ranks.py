@@ -28,10 +28,12 @@ class Place:
     Attributes:
         options: of `linfusion.parallelize`; empty for one process.
         first: whether it is the one that writes and prints.
+        device: of its own, where there are several; None is as without `--parallel`.
     """
 
     options: dict[str, int] = field(default_factory=dict)
     first: bool = True
+    device: str | None = None
 
     def share(self, pipe: Any) -> None:
         """Parallelize a pipeline, if the command is; progress is shown once."""
@@ -75,8 +77,10 @@ def join_ranks(parallel: str | None) -> Place:
     import torch
     import torch.distributed as dist
 
+    device = None
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group()
-    return Place(options, dist.get_rank() == 0)
+    return Place(options, dist.get_rank() == 0, device)

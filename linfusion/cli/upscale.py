@@ -174,7 +174,7 @@ def upscale(
             variant=variant,
             revision=revision,
             token=token,
-            device=device,
+            device=device or place.device,
         )
         image_to_image(pipe)  # refuses what cannot be taken further, whatever its attention
         for text in [prompt, *([negative_prompt] if negative_prompt else [])]:

@@ -129,7 +129,7 @@ def video(
         seed = place.agreed(secrets.randbelow(2**32) if seed is None else seed)
         generator = torch.Generator().manual_seed(seed)
     with working(f"loading {model}"):
-        pipe = _load(model, dtype, variant, revision, token, device)
+        pipe = _load(model, dtype, variant, revision, token, device or place.device)
         place.share(pipe)
         for text in [*prompts, *([negative_prompt] if negative_prompt else [])]:
             check_length(pipe, text)

@@ -7,7 +7,6 @@ _HOME = {
     "frechet_distance": "metrics",
     "kernel_distance": "metrics",
     "kernel_distance_ratio": "metrics",
-    "kernel_distance_subsets": "metrics",
     "psnr": "metrics",
     "ssim": "metrics",
     "consistency": "large_pictures",

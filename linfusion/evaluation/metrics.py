@@ -141,36 +141,8 @@ def kernel_distance_ratio(
     )
 
 
-def kernel_distance_subsets(
-    x: Tensor, y: Tensor, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Mean and standard deviation of `kernel_distance` over random subsets, as KID is published.
-
-    Args:
-        x, y: features [N, F] and [M, F].
-        subsets: how many are drawn.
-        subset_size: rows drawn, without replacement, from each of x and y.
-        seed: of the draws.
-
-    Raises:
-        ValueError: as `kernel_distance`, or a subset larger than x or y.
-    """
-    x, y = _features(x, y)
-    if subsets < 1:
-        raise ValueError(f"subsets: got {subsets}, accepted is 1 or more")
-    if not 2 <= subset_size <= min(len(x), len(y)):
-        raise ValueError(
-            f"subset_size: got {subset_size}, accepted is 2 to {min(len(x), len(y))} here"
-        )
-    g = torch.Generator().manual_seed(seed)
-    distances = []
-    for _ in range(subsets):
-        i, j = (torch.randperm(len(t), generator=g)[:subset_size].to(t.device) for t in (x, y))
-        distances.append(kernel_distance(x[i], y[j]))
-    d = torch.tensor(distances, dtype=torch.float64)
-    return d.mean().item(), d.std(unbiased=False).item()
-
-
+# PSNR and SSIM are torchmetrics' too, which is one more dependency and computes in float32: two
+# pictures that differ in one bit of a 16K picture have to differ here.
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each pair, in dB; infinite where they are equal.
 

@@ -23,6 +23,7 @@ class Encoder(Protocol):
     def finish(self) -> None: ...
 
 
+# pypng writes rows as well, but one Python list a row; libvips is a C library to install.
 class Png:
     """PNG rows as they come: filter "average" on every row, deflate with run lengths only.
 
@@ -126,6 +127,7 @@ class Tiff:
         self.file.flush()
 
 
+# Pillow's `reduce` takes whole factors alone, so its previews would depend on how bands are cut.
 class Preview:
     """Exact box averages of a picture that comes by in bands: each pixel the mean of its area.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +123,9 @@ def _models(model_or_pipe: Any) -> list[Any]:
             f"model_or_pipe: got {type(model_or_pipe).__name__}, expected a torch module or a"
             " pipeline with a unet or a transformer"
         )
+    second: Any = getattr(model_or_pipe, "transformer_2", None)  # of Wan 2.2
+    if isinstance(second, nn.Module) and record_of(second) is not None:
+        found.append(second)
     nets = getattr(model_or_pipe, "controlnet", None)
     nets = [] if nets is None else list(getattr(nets, "nets", [nets]))
     return found + [net for net in nets if pictures.is_picture_model(net)]
@@ -264,9 +267,13 @@ def _streamed(mesh: Mesh, stream: Callable[..., Iterator[Any]]) -> Callable[...,
 
 def _together_each(mesh: Mesh, found: Iterator[Any]) -> Iterator[Any]:
     end = object()
-    while True:
-        with _as_one(mesh):
-            item = next(found, end)
-        if item is end:
-            return
-        yield item
+    try:
+        while True:
+            with _as_one(mesh):
+                item = next(found, end)
+            if item is end:
+                return
+            yield item
+    finally:
+        if isinstance(found, Generator):
+            found.close()  # not when it happens to be collected: it has a folder

@@ -52,8 +52,12 @@ def route(
     cuts: tuple[int, ...],
     review: tuple[int, ...] | None,
     review_cuts: tuple[int, ...],
+    device: torch.device,
 ) -> Route:
-    """The route of a grid (t, h, w) cut by rows, with or without review tokens."""
+    """The route of a grid (t, h, w) cut by rows, with or without review tokens.
+
+    Remembered, with its indices on `device`: nothing is copied there in a layer.
+    """
     rows_first = all(_slowest(order, size) == "h" for size in (grid, review) if size is not None)
     own = _positions(order, grid, cuts)
     lead = 0
@@ -79,8 +83,8 @@ def route(
         ),
         send=tuple(_count(me, run) for run in chunks),
         receive=tuple(_count(p, mine) for p in own),
-        arrange=arrange,
-        back=scanned.argsort(stable=True),
+        arrange=arrange.to(device),
+        back=scanned.argsort(stable=True).to(device),
         give=tuple(int((scanned == rank).sum()) for rank in range(ranks.world)),
         take=tuple(_count(tokens, run) for run in chunks),
     )
@@ -108,7 +112,7 @@ def carry(ranks: Ranks, way: Route, sequence: Tensor) -> Tensor:
         return sequence
     assert way.arrange is not None
     moved = collectives.exchange(sequence.transpose(0, 1), ranks.group, way.send, way.receive)
-    return moved.index_select(0, way.arrange.to(moved.device)).transpose(0, 1)
+    return moved.index_select(0, way.arrange).transpose(0, 1)
 
 
 def carry_back(ranks: Ranks, way: Route, scanned: Tensor) -> Tensor:
@@ -116,5 +120,5 @@ def carry_back(ranks: Ranks, way: Route, scanned: Tensor) -> Tensor:
     if way.send is None:
         return scanned
     assert way.back is not None
-    rows = scanned.transpose(0, 1).index_select(0, way.back.to(scanned.device))
+    rows = scanned.transpose(0, 1).index_select(0, way.back)
     return collectives.exchange(rows, ranks.group, way.give, way.take).transpose(0, 1)

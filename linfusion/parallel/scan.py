@@ -30,20 +30,20 @@ def fold(parts: Tensor, logs: Tensor, order: Sequence[Place], end: int) -> Tenso
     S = Σ_{j < end} exp(Σ_{j < i < end} l_i) F_j
 
     Args:
-        parts: F of every piece, [W, 2, B, H, ...].
+        parts: F of every piece, [W, 2, B, H, P·N].
         logs: l, [W, 2, B, H].
         order: the pieces in the order they are scanned.
         end: of those that count; all of them for the state after the last.
     """
-    rank, part = torch.tensor(list(order), device=logs.device).unbind(1)
-    lasting = logs[rank, part]  # [pieces, B, H]
+    lasting = torch.stack([logs[place] for place in order])  # [pieces, B, H]
     reached = lasting.cumsum(0)
-    before = torch.zeros_like(reached[0]) if end == 0 else reached[end - 1]
+    seen = (reached[end - 1] - reached[:end]).exp() if end else reached[:0]
     # All ranks' graphs contain all pieces, so that all take part in the gather's backward.
-    counts = (torch.arange(len(order), device=logs.device) < end)[:, None, None]
-    shares = torch.where(counts, before - reached, -torch.inf).exp()
-    shape = (*shares.shape, *[1] * (parts.ndim - 4))
-    return (shares.view(shape) * parts[rank, part]).sum(0)
+    shares = torch.cat([seen, torch.zeros_like(reached[end:])])
+    position = {place: i for i, place in enumerate(order)}
+    natural = [(r, p) for r in range(parts.shape[0]) for p in range(parts.shape[1])]
+    shares = torch.stack([shares[position[place]] for place in natural])
+    return (shares[..., None] * parts.flatten(0, 1)).sum(0)
 
 
 def tails_before(
@@ -62,17 +62,14 @@ def tails_before(
     reach = tails.shape[3]
     if not reach:
         return tails[0, 0], 0
-    found: list[tuple[int, int, int]] = []
+    found: list[Tensor] = []
     for rank, part in reversed(order[:end]):
         for back in range(1, min(lengths[rank][part], reach) + 1):
             if len(found) < reach:
-                found.append((rank, part, reach - back))
-    found = found[::-1]
-    missing = reach - len(found)
-    places = torch.tensor([(0, 0, 0)] * missing + found, device=tails.device)
-    there = (torch.arange(reach, device=tails.device) >= missing)[:, None, None]
-    rows = tails.movedim(3, 2)[places.unbind(1)]  # [taps - 1, B, C]
-    return (rows * there).movedim(0, 1), len(found)
+                found.append(tails[rank, part, :, reach - back])
+    # Of zeros that all ranks' graphs contain, as for `fold`.
+    none = (tails[0, 0] * 0)[:, len(found) :]
+    return torch.cat([none, *(rows[:, None] for rows in reversed(found))], 1), len(found)
 
 
 def bidirectional(

@@ -224,7 +224,7 @@ class Shard:
             grid = (review.shape[1], cuts[-1], review.shape[3])
             sequence = torch.cat([flatten(review, order), sequence], 1)
         whole = (video.shape[1], *self.grid[1:])
-        way = route(self.ranks, order, whole, self.cuts, grid, cuts)
+        way = route(self.ranks, order, whole, self.cuts, grid, cuts, video.device)
         u = carry(self.ranks, way, sequence)
         y, state = bidirectional(self.ranks, layer, u, way.lengths, lead_first, past)
         frames, height, width = video.shape[1:4]

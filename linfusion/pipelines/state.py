@@ -54,6 +54,7 @@ class State:
         folder: made where it is missing; None keeps nothing.
         parameters: everything that decides the picture, as JSON values.
         resume: go on with what is there; without it, a folder that holds a run is refused.
+        read_only: for ranks of which another one writes: no lock, and nothing may be saved.
 
     Raises:
         ValueError: the folder holds a run and `resume` is not set, or a run with other parameters
@@ -62,14 +63,24 @@ class State:
     """
 
     def __init__(
-        self, folder: str | Path | None, parameters: dict[str, Any], *, resume: bool
+        self,
+        folder: str | Path | None,
+        parameters: dict[str, Any],
+        *,
+        resume: bool,
+        read_only: bool = False,
     ) -> None:
         self.folder = None if folder is None else Path(folder)
+        self._lock: whole_files.Lock | None = None
         if self.folder is None:
             if resume:
                 raise ValueError("resume: got True without state, the folder of the run to resume")
             return
         parameters = {"version": _VERSION, **json.loads(json.dumps(parameters))}
+        if read_only:
+            if (self.folder / "parameters.json").is_file():
+                _refuse_other(self.folder, parameters_of(self.folder), parameters)
+            return
         whole_files.writable_folder("state", self.folder)
         self._lock = whole_files.Lock(self.folder, "state")
         try:
@@ -97,7 +108,7 @@ class State:
 
     def close(self) -> None:
         """Let other runs into the folder. Twice does nothing more."""
-        if self.folder is not None:
+        if self._lock is not None:
             self._lock.release()
 
     def __enter__(self) -> State:

@@ -13,7 +13,6 @@ from linfusion.evaluation import (
     inception_features,
     kernel_distance,
     kernel_distance_ratio,
-    kernel_distance_subsets,
     psnr,
     random_features,
     ssim,
@@ -178,19 +177,6 @@ def test_a_ratio_that_cannot_be_is_refused(changes, said):
         kernel_distance_ratio(**given)
 
 
-def test_whole_subsets_have_no_spread():
-    x, y = features(20, 4, 0), features(20, 4, 1)
-    mean, std = kernel_distance_subsets(x, y, subsets=5, subset_size=20)
-    assert mean == pytest.approx(kernel_distance(x, y), rel=1e-9) and std < 1e-12
-
-
-def test_subsets_are_reproducible():
-    x, y = features(30, 4, 0), features(30, 4, 1)
-    first = kernel_distance_subsets(x, y, subsets=5, subset_size=10, seed=3)
-    assert first == kernel_distance_subsets(x, y, subsets=5, subset_size=10, seed=3)
-    assert first != kernel_distance_subsets(x, y, subsets=5, subset_size=10, seed=4)
-
-
 def test_psnr_of_a_known_error():
     x = torch.full((2, 3, 16, 16), 0.5)
     assert psnr(x, x + 0.1).tolist() == pytest.approx([20.0, 20.0], abs=1e-4)
@@ -238,19 +224,6 @@ def test_ssim_is_the_windowed_formula():
 def test_unfit_features_are_refused(metric, x, y, said):
     with pytest.raises(ValueError, match=said):
         metric(x, y)
-
-
-@pytest.mark.parametrize(
-    "changes, said",
-    [
-        ({"subsets": 0}, "subsets: got 0, accepted is 1 or more"),
-        ({"subset_size": 6}, "subset_size: got 6, accepted is 2 to 5 here"),
-        ({"subset_size": 1}, "subset_size: got 1, accepted is 2 to 5 here"),
-    ],
-)
-def test_subsets_that_cannot_be_drawn_are_refused(changes, said):
-    with pytest.raises(ValueError, match=said):
-        kernel_distance_subsets(torch.zeros(5, 4), torch.zeros(9, 4), **changes)
 
 
 @pytest.mark.parametrize("metric", [psnr, ssim])

@@ -42,7 +42,7 @@ def test_threads_that_call_at_different_sizes_do_not_meet():
     wrong = []
 
     def run(i):
-        for _ in range(5):
+        for _ in range(3):
             if not torch.equal(outputs(model, calls[i]), alone[i]):
                 wrong.append(i)
 

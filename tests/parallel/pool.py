@@ -23,17 +23,23 @@ _pool: list[Pool] = []
 
 
 class Pool:
-    """The processes, and a pipe to each."""
+    """The processes, and a pipe to each.
 
-    def __init__(self) -> None:
+    Args:
+        world: how many.
+        backend: of their groups; with "nccl", each has a GPU of its own.
+    """
+
+    def __init__(self, world: int = WORLD, backend: str = "gloo") -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "diffusers", "tests.parallel.preloaded"])
         self.folder = tempfile.TemporaryDirectory()
         store = os.path.join(self.folder.name, "store")
         self.pipes, self.processes = [], []
-        for rank in range(WORLD):
+        for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, store, theirs), daemon=True)
+            given = (rank, world, backend, store, theirs)
+            process = context.Process(target=_work, args=given, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -89,7 +95,7 @@ def run(world: int, job: Callable[..., Any], *args: Any) -> list[Any]:
     return _pool[0].run(world, job, *args)
 
 
-def _work(rank: int, store: str, pipe: Any) -> None:
+def _work(rank: int, most: int, backend: str, store: str, pipe: Any) -> None:
     from datetime import timedelta
 
     import torch
@@ -98,14 +104,16 @@ def _work(rank: int, store: str, pipe: Any) -> None:
     from linfusion.parallel.ranks import Ranks
 
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
-        world_size=WORLD,
+        world_size=most,
         timeout=timedelta(seconds=60),
     )
-    groups = {n: dist.new_group(list(range(n))) for n in range(1, WORLD + 1)}
+    groups = {n: dist.new_group(list(range(n))) for n in range(1, most + 1)}
     while True:
         try:
             world, job, args = pipe.recv()

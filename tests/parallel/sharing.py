@@ -13,15 +13,15 @@ from linfusion.parallel import collectives
 from linfusion.parallel.parallelize import parallelize, unparallelize
 
 
-def mesh_over(ranks):
+def mesh_over(ranks, device="cpu"):
     """The mesh of one axis, "sp", over the ranks of a job."""
     group = _resolve_process_group(ranks.group)
-    return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("sp",))
+    return DeviceMesh.from_group(group, device, mesh_dim_names=("sp",))
 
 
 @contextlib.contextmanager
-def shared(ranks, model_or_pipe):
-    parallelize(model_or_pipe, mesh=mesh_over(ranks))
+def shared(ranks, model_or_pipe, device="cpu"):
+    parallelize(model_or_pipe, mesh=mesh_over(ranks, device))
     try:
         yield model_or_pipe
     finally:

@@ -82,7 +82,7 @@ CASES = {
     # Wan 2.2: a time for every token.
     "wan ti2v": (
         lambda: linearize(tiny_wan(), "mate", window=(2, 4, 2)),
-        lambda: video(tiny_wan(), (2, 6, 3), timestep=torch.arange(36.0)[None] * 20),
+        lambda: video(tiny_wan(), (2, 8, 3), timestep=torch.arange(48.0)[None] * 20),
     ),
     # Rows of 2 ranks are not even a window, pooling rounds up at the last row.
     "sana": (

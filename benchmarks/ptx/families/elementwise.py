@@ -45,6 +45,48 @@ def norm_and_rotation(
     return _of_pass(dtype, y, want, ("dx", "dweight"), gradients, wanted)
 
 
+def both_directions(
+    target: Target, dtype: torch.dtype, tokens: int, channels: int, taps: int, first: int
+) -> list[Comparison]:
+    """A convolution and SiLU in both directions, forward and backward."""
+    from linfusion.kernels.elementwise import reference, triton_conv
+
+    draw = Draw(dtype)
+    x = draw(2, tokens, 3 * channels).chunk(3, -1)[1]
+    filters = [draw(*shape) for shape in ((channels, taps), (channels,)) * 2]
+    dys = [draw(2, tokens, channels) for _ in range(2)]
+    y = triton_conv.directional_conv(x, *filters, first, True, target=target)
+    gradients = triton_conv.directional_conv_backward(*dys, x, *filters, first, True, target=target)
+    exact = [t.double().requires_grad_() for t in (x, *filters)]
+    want = reference.directional_conv(*exact, first, True)
+    wanted = torch.autograd.grad(want, exact, [dy.double() for dy in dys])
+    names = ("dx", "dweight", "dbias", "dweight_b", "dbias_b")
+    tolerance = TOLERANCE[dtype]
+    return [
+        compare("y_b", y[1], want[1], tolerance),
+        *_of_pass(dtype, y[0], want[0], names, gradients, wanted),
+    ]
+
+
+def gate_and_norm(
+    target: Target, dtype: torch.dtype, tokens: int, groups: int, d: int, gate_last: bool = False
+) -> list[Comparison]:
+    """Two directions added, gated and normed, forward and backward."""
+    from linfusion.kernels.elementwise import reference, triton_gate
+
+    draw = Draw(dtype)
+    x, other, dy = (draw(2, tokens, groups, d) for _ in range(3))
+    z = draw(2, tokens, 3 * groups * d).chunk(3, -1)[1].unflatten(-1, (groups, d))
+    tensors = (x, other, z, draw(groups, d))
+    options = (1e-5, 0.5, gate_last)
+    y = triton_gate.gated_rms_norm(*tensors, *options, target=target)
+    gradients = triton_gate.gated_rms_norm_backward(dy, *tensors, *options, target=target)
+    exact = [t.double().requires_grad_() for t in tensors]
+    want = reference.gated_rms_norm(*exact, *options)
+    wanted = torch.autograd.grad(want, [exact[0], *exact[2:]], dy.double())
+    return _of_pass(dtype, y, want, ("dx", "dz", "dweight"), gradients, wanted)
+
+
 def _of_pass(
     dtype: torch.dtype,
     y: Tensor,

@@ -103,7 +103,7 @@ def attend(
         index = None if alone else torch.tensor(group.samples, device=q.device)
         tokens = _Tokens(*[x if index is None else x[index] for x in (q, k, v, k_all, v_all)])
         own = mask if mask is None or index is None or len(mask) == 1 else mask[index]
-        outs.append(_windowed(form, place, tokens, own, group.keys, scale, rest))
+        outs.append(_windowed(form, layout, place, tokens, own, group.keys, scale, rest))
     if len(outs) == 1:
         return outs[0]
     order = [i for group in groups for i in group.samples]
@@ -151,6 +151,7 @@ def _places(layout: Layout, sample: int, nq: int, nk: int) -> list[Picture] | No
 
 def _windowed(
     form: Any,
+    layout: Layout,
     places: list[Picture],
     tokens: _Tokens,
     mask: Tensor | None,
@@ -177,7 +178,7 @@ def _windowed(
                 f"attn_mask: it hides tokens {place.keys} to {last - 1}, which are those of a"
                 f" picture of {place.grid}; a window cannot leave out pixels"
             )
-        context = [_seen(x, place.keys, last, keep) for x in (k_all, v_all)]
+        context = [_seen(layout, x, place.keys, last, keep) for x in (k_all, v_all)]
         out.append(
             form(
                 q[:, place.queries : end],
@@ -192,15 +193,22 @@ def _windowed(
     return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 
-def _seen(x: Tensor, start: int, end: int, keep: tuple[bool, ...] | None) -> Tensor | None:
+def _seen(
+    layout: Layout, x: Tensor, start: int, end: int, keep: tuple[bool, ...] | None
+) -> Tensor | None:
     """The tokens of `x` outside start to end that no mask hides, or None."""
     if keep is None:
         parts = [part for part in (x[:, :start], x[:, end:]) if part.shape[1]]
         if not parts:
             return None
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    left = [i for i, kept in enumerate(keep) if kept and not start <= i < end]
-    return x[:, torch.tensor(left, device=x.device)] if left else None
+    # The layout holds `keep`, and so its id; layers share what was copied to the device.
+    place = (id(keep), start, end, x.device)
+    if place not in layout.masks:
+        left = [i for i, kept in enumerate(keep) if kept and not start <= i < end]
+        layout.masks[place] = torch.tensor(left, dtype=torch.long, device=x.device)
+    index = layout.masks[place]
+    return x[:, index] if len(index) else None
 
 
 @torch.compiler.disable

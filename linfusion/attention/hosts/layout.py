@@ -37,7 +37,7 @@ class Layout:
     text_first: bool
     text_lengths: tuple[int, ...] | None
     other_calls: bool
-    masks: dict[int, Any] = field(default_factory=dict, compare=False)
+    masks: dict[Any, Any] = field(default_factory=dict, compare=False)
 
 
 class _Call(threading.local):

@@ -23,6 +23,7 @@ from linfusion.attention.mamba2.causal import (
     spare_decay,
     tail_of,
 )
+from linfusion.attention.mamba2.one_pass import both_ways, both_ways_in_one_pass, joined
 from linfusion.attention.mamba2.qk_norms import QK_NORMS, make_qk_norm
 from linfusion.kernels import ssd_scan
 
@@ -228,7 +229,11 @@ class BiMamba2(Float32Decays):
         z, xbc, dt, bc_b, dt_b = self.in_proj(u).split(self.rows, -1)
         if not self.rows[-1]:
             dt_b = dt
-        if self.bidirectional == "flip_sum":
+        y_b = None
+        if self.bidirectional == "flip_sum" and both_ways_in_one_pass(self, u):
+            bc_b = bc_b if self.rows[3] else None
+            y, y_b, carried = both_ways(self, xbc, bc_b, (dt, dt_b), state, first, lead)
+        elif self.bidirectional == "flip_sum":
             xbc_b = torch.cat([xbc[..., : self.d_inner], bc_b], -1) if self.rows[3] else xbc
             y, carried = self._flip_sum((xbc, xbc_b), (dt, dt_b), state, first, lead)
         elif state is not None or return_state:
@@ -236,7 +241,11 @@ class BiMamba2(Float32Decays):
         else:
             y = self._hydra(xbc, dt, dt_b, first, lead)
         y, z = y.flatten(2), z[:, lead:]
-        out = self.out_proj(y * F.silu(z) if self.norm is None else self.norm(y, z))
+        if y_b is not None:
+            y = joined(self, y, y_b.flatten(2), z)
+        else:
+            y = y * F.silu(z) if self.norm is None else self.norm(y, z)
+        out = self.out_proj(y)
         return (out, carried) if return_state else out
 
     def _flip_sum(

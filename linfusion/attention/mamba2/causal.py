@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linfusion.attention.base import untouched
 from linfusion.kernels import ssd_scan, ssd_step
+from linfusion.kernels.elementwise import directional_conv, gated_rms_norm, one_pass
 
 _FLOAT32 = ("A_log", "A_log_b", "dt_bias", "dt_bias_b", "D", "D_b")
 
@@ -52,6 +54,8 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """[B, L, channels] twice -> the same shape in the dtype of y."""
+        if one_pass(y) and untouched(self, GatedRMSNorm, y):
+            return self.of_sum(y, None, z)
         dtype = torch.promote_types(y.dtype, torch.float32)
         gate, wide = F.silu(z.to(dtype)), y.to(dtype)
         wide = wide if self.before_gate else wide * gate
@@ -59,6 +63,19 @@ class GatedRMSNorm(nn.Module):
         wide = F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2)
         wide = wide * self.weight.to(dtype)
         return (wide * gate if self.before_gate else wide).to(y.dtype)
+
+    def of_sum(self, y: Tensor, other: Tensor | None, z: Tensor, scale: float = 1.0) -> Tensor:
+        """The norm of (y + other) · scale, by one kernel; as `forward`."""
+        split = (self.groups, -1)
+        return gated_rms_norm(
+            y.unflatten(-1, split),
+            self.weight.unflatten(0, split),
+            other=None if other is None else other.unflatten(-1, split),
+            z=z.unflatten(-1, split),
+            eps=self.eps,
+            scale=scale,
+            gate_last=self.before_gate,
+        ).flatten(-2)
 
 
 class DepthwiseConv(nn.Conv1d):
@@ -83,6 +100,25 @@ class DepthwiseConv(nn.Conv1d):
         row = x.transpose(1, 2)[:, :, None]
         out = F.conv2d(row, self.weight[:, :, None], self.bias, groups=self.groups)
         return out[:, :, 0].transpose(1, 2)
+
+    def along(self, x: Tensor, before: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+        """Of x [B, L, C] after a tail, with SiLU, by one kernel; and the tail after it."""
+        known = 0
+        if before is not None:
+            x, known = continued(x, before, self.taps), self.taps - 1
+        out, _ = directional_conv(x, self.filters, None, silu=silu)
+        assert out is not None
+        return out[:, known:], self.tail(x)
+
+    def tail(self, x: Tensor) -> Tensor:
+        """The last inputs [B, C, taps - 1] of x [B, L, C], after zeros where there are fewer."""
+        short = x.shape[1] < self.taps - 1
+        return tail_of(continued(x, None, self.taps) if short else x, self.taps)
+
+    @property
+    def filters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [C, taps] and bias [C], as `directional_conv` takes them."""
+        return self.weight[:, 0], self.bias
 
 
 class Float32Decays(nn.Module):
@@ -212,9 +248,13 @@ class Mamba2(Float32Decays):
         z0, x0, z, xbc, dt = self.in_proj(u).split(
             [self.d_mlp, self.d_mlp, self.d_ssm, self.conv_dim, self.heads], -1
         )
-        padded = continued(xbc, None if state is None else state.conv, self.conv1d.taps)
-        xbc, tail = self.conv1d(padded), tail_of(padded, self.conv1d.taps)
-        x, B, C = F.silu(xbc).split([self.d_ssm, features, features], -1)
+        taps, before = self.conv1d.taps, None if state is None else state.conv
+        if one_pass(xbc) and untouched(self.conv1d, DepthwiseConv, xbc):
+            xbc, tail = self.conv1d.along(xbc, before, True)
+        else:
+            padded = continued(xbc, before, taps)
+            xbc, tail = F.silu(self.conv1d(padded)), tail_of(padded, taps)
+        x, B, C = xbc.split([self.d_ssm, features, features], -1)
         x = x.unflatten(-1, (self.heads, self.headdim))
         B, C = (t.unflatten(-1, (self.ngroups, self.d_state)) for t in (B, C))
         settings: dict[str, Any] = {

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from linfusion.attention.base import untouched
+from linfusion.kernels.elementwise import gated_rms_norm, one_pass
 
 QK_NORMS = ("rms_norm", "rms_norm_across_heads", "layer_norm", "layer_norm_across_heads")
 
@@ -47,3 +51,18 @@ def make_qk_norm(
     if kind.startswith("rms"):
         return nn.RMSNorm(size, eps=eps)
     return nn.LayerNorm(size, eps=1e-5 if eps is None else eps)
+
+
+def normed(norm: nn.Module | None, x: Tensor, scale: float = 1.0) -> Tensor:
+    """norm(x) · scale, [..., D]: in one pass where the norm is PyTorch's RMSNorm, on a GPU."""
+    if norm is None:
+        return x if scale == 1 else x * scale
+    if not one_pass(x) or not untouched(norm, nn.RMSNorm, x):
+        out: Tensor = norm(x)
+        return out if scale == 1 else out * scale
+    assert isinstance(norm, nn.RMSNorm)
+    weight = norm.weight if scale == 1 else norm.weight.float() * scale
+    rows = x.flatten(0, -3)[None] if x.dim() > 3 else x[:, :, None]  # [B, L, G, D]
+    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    out = gated_rms_norm(rows, weight.expand(rows.shape[2], -1), eps=eps)
+    return out.view(x.shape)

@@ -277,15 +277,19 @@ def pool(x: Tensor, size: tuple[int, int, int]) -> Tensor:
 
     What reaches over an edge is averaged over the tokens there are.
     """
-    mean = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean, dtype = x, torch.promote_types(x.dtype, torch.float32)
     for axis, k in enumerate(size, 1):  # of the means along one axis, the mean along the next
         whole, left = divmod(mean.shape[axis], k)
         parts = []
         if whole:
-            parts.append(mean.narrow(axis, 0, whole * k).unflatten(axis, (whole, k)).mean(axis + 1))
+            parts.append(
+                mean.narrow(axis, 0, whole * k)
+                .unflatten(axis, (whole, k))
+                .mean(axis + 1, dtype=dtype)
+            )
         if left:
-            parts.append(mean.narrow(axis, whole * k, left).mean(axis, keepdim=True))
-        mean = torch.cat(parts, axis)
+            parts.append(mean.narrow(axis, whole * k, left).mean(axis, keepdim=True, dtype=dtype))
+        mean = parts[0] if len(parts) == 1 else torch.cat(parts, axis)
     return mean.to(x.dtype)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from linfusion.attention.base import Processor
 from linfusion.attention.grids.video import Grid
 from linfusion.attention.mamba2.bidirectional import BiMamba2
+from linfusion.attention.mamba2.qk_norms import normed
 from linfusion.attention.mate.layer import MIXES, PLACEMENTS, pool
 from linfusion.attention.mate.scan_orders import ORDERS, RotaryMajorScan, flatten, unflatten
 from linfusion.attention.mate.tesa import attend_windows, outside_of
@@ -283,9 +284,9 @@ def _projected(attn: Any, child: Mixer, tokens: Tensor) -> list[Tensor]:
     found = []
     for linear, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)):
         x = linear(tokens)
-        x = norm(x) if across and norm is not None else x
+        x = normed(norm, x) if across else x
         x = x.unflatten(-1, (attn.heads, -1))
-        found.append(x if across or norm is None else norm(x))
+        found.append(x if across else normed(norm, x))
     return found
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from linfusion.attention.mamba2.qk_norms import normed
+
 SHIFT_MODES = ("pad", "roll")
 
 
@@ -126,7 +128,7 @@ class TESA(nn.Module):
             for project, t in ((self.to_q, x), (self.to_k, source), (self.to_v, source))
         )
         if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
+            q, k = normed(self.norm_q, q), normed(self.norm_k, k)
         outside, crop = self.outside, _as_it_is
         if shard is not None:
             q, k, v, above, crop = shard.whole_windows(q, k, v, self.window[1], outside[1])
@@ -230,9 +232,13 @@ def _attend(
                 area = (slice(None), slice(None), h.tokens, w.tokens)
                 kv = keys[area], values[area]
                 parts.append(_windows(slab[area], kv, (t, h, w), context, backend))
-            rows.append(torch.cat(parts, 3))
-        slabs.append(torch.cat(rows, 2))
-    return torch.cat(slabs, 1)
+            rows.append(_joined(parts, 3))
+        slabs.append(_joined(rows, 2))
+    return _joined(slabs, 1)
+
+
+def _joined(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 def _windows(

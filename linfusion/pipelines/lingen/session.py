@@ -60,7 +60,7 @@ class Session:
         parameters = {} if folder is None else _what_decides(pipe, clip, about)
         if resume and folder is not None:
             _refuse_other_length(folder, clip, pipe.vae)
-        self.state = State(folder, parameters, resume=resume)
+        self.state = State(folder, parameters, resume=resume, read_only=not self.writes)
         self.clip, self.done = clip, 0
         self._decoder: dict[str, Any] | None = None
         try:

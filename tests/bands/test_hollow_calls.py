@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_flatten
 
-from linfusion.bands import shapes
-from linfusion.bands.shapes import like_of
+from linfusion.bands import hollow
+from linfusion.bands.hollow import like_of
 
 
 def found(func, *args, **kwargs):
@@ -36,13 +36,13 @@ def _permuted(order):
 
 def test_nothing_that_is_large_is_remembered():
     held = torch.zeros(4, 3)
-    before = len(shapes._KNOWN)
+    before = len(hollow._KNOWN)
 
     class Layer:
         def __call__(self, t):
             return t @ held.T.to(t.device)
 
     assert found(Layer(), torch.zeros(5, 3)).shape == (5, 4)
-    assert len(shapes._KNOWN) == before
+    assert len(hollow._KNOWN) == before
     assert found(lambda t: t @ held.T.to(t.device), torch.zeros(5, 3)).shape == (5, 4)
-    assert all(not isinstance(part, torch.Tensor) for key in shapes._KNOWN for part in key)
+    assert all(not isinstance(part, torch.Tensor) for key in hollow._KNOWN for part in key)
