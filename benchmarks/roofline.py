@@ -2,7 +2,7 @@
 
 `--write` puts the tables into docs/benchmarks.md as well.
 
-The model is `linfusion.layers.cost`, with its formulas, the peaks it assumes and where they are
+The model is `linfusion.attention.cost`, with its formulas, the peaks it assumes and where they are
 from. Times are of one layer, forward, in bfloat16, without the projections that it has either way.
 """
 
@@ -12,8 +12,8 @@ import argparse
 import os
 from pathlib import Path
 
-from linfusion.layers import cost
-from linfusion.layers.cost import CARDS, Pass, seconds
+from linfusion.attention import cost
+from linfusion.attention.cost import CARDS, Pass, seconds
 
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 START, STOP = "## Computed, never measured: rooflines\n", "## Triton kernels\n"
@@ -39,8 +39,8 @@ def introduction() -> str:
         "`python -m benchmarks.roofline --write` writes this section. **No GPU took these times**: "
         "each pass over memory is given the time of its bytes or of its products, whichever is "
         "longer, at an assumed part of the peaks of an H100 (SXM) and an RTX 4090. "
-        "`linfusion/layers/cost.py` has the formulas, the peaks, where they are from and what is "
-        "assumed. Launches and Python are left out, which decide at few tokens. It is one layer, "
+        "`linfusion/attention/cost.py` has the formulas, the peaks, where they are from and what "
+        "is assumed. Launches and Python are left out, which decide at few tokens. It is one layer, "
         "forward, in bfloat16, without the projections that it has either way.\n\n"
         "**At 1,024 px SDXL gains practically nothing from linear attention**: "
         f"{time_of(linear, cost.H100)} a layer against {time_of(full, cost.H100)} on an H100 as "
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline")
     parser.add_argument("--write", action="store_true", help=f"put them into docs/{PAGE.name}")
     options = parser.parse_args(argv)
-    print("Computed from peaks, never measured; the model is linfusion/layers/cost.py.\n")
+    print("Computed from peaks, never measured; the model is linfusion/attention/cost.py.\n")
     print(section())
     if options.write:
         new = PAGE.with_suffix(".tmp")

@@ -58,7 +58,8 @@ def linearize(
             that of "mate" starts from the model's own projections.
         layers: None takes every layer the weights are for, or every one there is; else a level
             ("down_blocks.0", "mid_block"), a regular expression over layer paths, several of
-            those, or "auto": those that cost less than softmax at `size`.
+            those, or "auto": those that cost less than softmax at `size`: on a GPU in time that is
+            computed from bytes and products for a card of its kind, elsewhere in multiplications.
         size: for "auto", height and width of the picture in pixels, or one number for both, of a
             video frames, height and width. A bare model counts 8 pixels to a latent, and 4 frames
             after the first.

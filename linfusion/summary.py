@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from linfusion.attention import get_method, names
 from linfusion.attention.method import Method, channels_of, heads_of
-from linfusion.layers.find import candidates, models_of, refuse_linear_already, serving
+from linfusion.layers.find import (
+    candidates,
+    models_of,
+    refuse_linear_already,
+    serving,
+    tokens_at,
+)
+from linfusion.layers.paying import card_of, times, tokens_from
 from linfusion.layers.projections import attention_parameters
 from linfusion.layers.record import Record, record_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from linfusion.attention.cost import Card
 
 
 @dataclass(frozen=True)
@@ -20,8 +32,9 @@ class LayerSummary:
 
     Attributes:
         parameters: of the learned part, with the projections where a student replaced them.
-        break_even_tokens: from which on the layer multiplies less than softmax. Time pays later:
-            how much, `linfusion bench` measures.
+        break_even_tokens: from which on the layer takes less time than softmax, as computed for
+            the card of the summary, or without one multiplies less. Time pays later than that: how
+            much, `linfusion bench` measures.
     """
 
     path: str
@@ -40,6 +53,11 @@ class Summary:
     Attributes:
         method: of the layers that are linear, or None.
         hooked: whether `linearize` made them so, rather than `set_attn_processor`.
+        card: "H100" or "RTX 4090", whichever is like the GPU that the model is on, if break-evens
+            are of time computed for it; None, if they are of multiplications.
+        milliseconds: computed for the card, at the size the model was trained for and one picture,
+            of all these layers as softmax and with those linear that then pay, without their
+            projections. None without a card, or where that size is not known.
     """
 
     model: str
@@ -47,6 +65,8 @@ class Summary:
     fused: bool
     layers: list[LayerSummary]
     hooked: bool = True
+    card: str | None = None
+    milliseconds: tuple[float, float] | None = None
 
     @property
     def parameters(self) -> int:
@@ -73,7 +93,8 @@ class Summary:
             f" {self.parameters:,} learned parameters, {self.state_bytes:,} B of state a picture"
         )
         rows = [
-            f"{'layer':<{width}}  kind     channels  heads  parameters    state B  fewer FLOPs from"
+            f"{'layer':<{width}}  kind     channels  heads  parameters    state B"
+            f"  {'fewer FLOPs' if self.card is None else 'less time'} from"
         ]
         rows += [
             f"{x.path:<{width}}  {'linear' if x.linear else 'softmax':<7}  {x.channels:>8}"
@@ -81,15 +102,34 @@ class Summary:
             f"  {x.break_even_tokens:>5,} tokens"
             for x in self.layers
         ]
+        if self.card is not None:
+            return "\n".join([head, *rows, *self._times()])
         foot = (
             "FLOPs are counted, not timed: linear attention is faster only from more tokens on,"
             " which `linfusion bench` measures on this machine."
         )
         return "\n".join([head, *rows, foot])
 
+    def _times(self) -> list[str]:
+        lines = [
+            f"Time is computed from bytes and products for an {self.card}, without launches and the"
+            " projections; `linfusion bench` measures it on this machine."
+        ]
+        if self.milliseconds is not None:
+            softmax, linear = self.milliseconds
+            lines.append(
+                f"At the size of its training these layers take {softmax:.1f} ms a picture as"
+                f" softmax, {linear:.1f} ms with those linear that pay there."
+            )
+        return lines
+
 
 def summary(model_or_pipe: Any, method: str | None = None) -> Summary:
     """What is linear in a model, what it learned, what its state takes, and from when on it pays.
+
+    That is by the time computed for a card like the GPU the model is on, as
+    `linfusion.attention.cost` has it, and by multiplications where it is on none or the method
+    knows no time.
 
     Args:
         model_or_pipe: a pipeline or a model, linearized or not.
@@ -103,6 +143,8 @@ def summary(model_or_pipe: Any, method: str | None = None) -> Summary:
     layers: list[LayerSummary] = []
     fused, hooked = False, True
     methods: list[str] = []
+    cards: set[str | None] = set()
+    spent: list[tuple[float, float] | None] = []
     for name, model in models.items():
         record = record_of(model)
         if record is not None and method not in (None, record.method):
@@ -111,14 +153,22 @@ def summary(model_or_pipe: Any, method: str | None = None) -> Summary:
             )
         mechanism = _mechanism(model, record, method)
         prefix = f"{name}." if len(models) > 1 else ""
-        own, own_fused = _layers(model, record, mechanism, prefix)
+        card = card_of(model) if mechanism.passes is not None else None
+        cards.add(None if card is None else card.name)
+        own, own_fused, times = _layers(model, record, mechanism, prefix, card)
+        spent.append(times)
         if record or any(layer.linear for layer in own):
             methods.append(mechanism.name)
             hooked = hooked and record is not None
         layers += own
         fused = fused or own_fused
     kinds = ", ".join(type(model).__name__ for model in models.values())
-    return Summary(kinds, " and ".join(dict.fromkeys(methods)) or None, fused, layers, hooked)
+    method = " and ".join(dict.fromkeys(methods)) or None
+    one = cards.pop() if len(cards) == 1 else None
+    known = [times for times in spent if times is not None]
+    both = (sum(t[0] for t in known), sum(t[1] for t in known))
+    times = both if one is not None and len(known) == len(spent) else None
+    return Summary(kinds, method, fused, layers, hooked, one, times)
 
 
 def _mechanism(model: nn.Module, record: Record | None, method: str | None) -> Method:
@@ -127,9 +177,9 @@ def _mechanism(model: nn.Module, record: Record | None, method: str | None) -> M
 
 
 def _layers(
-    model: nn.Module, record: Record | None, mechanism: Method, prefix: str
-) -> tuple[list[LayerSummary], bool]:
-    """Those of one model, and whether any is fused."""
+    model: nn.Module, record: Record | None, mechanism: Method, prefix: str, card: Card | None
+) -> tuple[list[LayerSummary], bool, tuple[float, float] | None]:
+    """Those of one model, whether any is fused, and `Summary.milliseconds`."""
     taken = {path: one.layer for path, one in record.layers.items()} if record else {}
     paths = {id(attn): path for path, attn in taken.items()}
     there = (
@@ -149,10 +199,32 @@ def _layers(
                 heads=heads_of(attn),
                 parameters=_learned(attn, path, record),
                 state_bytes=mechanism.state_bytes(attn),
-                break_even_tokens=mechanism.break_even_tokens(attn, settings[path]),
+                break_even_tokens=tokens_from(mechanism, attn, settings[path], card),
             )
         )
-    return layers, fused
+    return layers, fused, card and _milliseconds(model, found, mechanism, settings, card)
+
+
+def _milliseconds(
+    model: nn.Module,
+    found: Mapping[str, Any],
+    mechanism: Method,
+    settings: Mapping[str, Any],
+    card: Card,
+) -> tuple[float, float] | None:
+    """As `Summary` has them."""
+    size = getattr(getattr(model, "config", None), "sample_size", None)
+    if type(size) is not int:
+        return None
+    softmax = linear = 0.0
+    try:
+        for path, attn in found.items():
+            tokens = tokens_at(model, path, (size, size))
+            before, after = times(mechanism, attn, settings[path], card, tokens)
+            softmax, linear = softmax + before, linear + min(before, after)
+    except ValueError:  # of a model whose tokens are not known, or whose size has more axes
+        return None
+    return 1e3 * softmax, 1e3 * linear
 
 
 def _learned(attn: Any, path: str, record: Record | None) -> int:

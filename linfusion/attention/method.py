@@ -15,6 +15,8 @@ from linfusion.attention.hosts.layers import pixel_layers
 if TYPE_CHECKING:
     from diffusers.models.attention_processor import Attention
 
+    from linfusion.attention.cost import Pass
+
 # Attention over frames, which sees one pixel through time: linear in the number of pixels already.
 _TEMPORAL = re.compile(r"(^|\.)(motion_modules|temp_\w+|temporal_\w+|transformer_in)(\.|$)")
 
@@ -58,6 +60,9 @@ class Method:
         is_fresh: whether a child still has the weights it was made with.
         break_even_tokens: `(attn, setting) -> tokens` from which on the layer has fewer
             multiplications than softmax.
+        passes: `(attn, setting, tokens) -> passes` of `linfusion.attention.cost` that the layer
+            takes in place of softmax, by which it is judged on a GPU; None judges by
+            multiplications.
         state_bytes: bytes of the fp32 state a layer keeps per picture.
         projections: whether to_q, to_k, to_v and to_out are what a student consists of, so that
             they are always saved with it.
@@ -90,6 +95,7 @@ class Method:
     break_even_tokens: Callable[[Any, Any], int]
     state_bytes: Callable[[Any], int]
     student: str
+    passes: Callable[[Any, Any, int], list[Pass]] | None = None
     inherit: Callable[[Any, nn.Module], None] | None = None
     projections: bool = False
     fused_name: str | None = None

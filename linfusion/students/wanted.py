@@ -18,6 +18,7 @@ from linfusion.layers.find import (
     serving,
     tokens_at,
 )
+from linfusion.layers.paying import card_of, tokens_from
 from linfusion.layers.projections import attention_parameters, refuse_quantized
 from linfusion.layers.record import record_of
 from linfusion.layers.watch import is_fresh
@@ -81,11 +82,12 @@ class Wanted:
         )
         paths = [path for path in found if path in learned and path in settings]
         if self.layers == "auto":
+            card = card_of(model)
             paths = [
                 path
                 for path in paths
                 if tokens_at(model, path, self.latent)
-                > mechanism.break_even_tokens(found[path], settings[path])
+                > tokens_from(mechanism, found[path], settings[path], card)
             ]
             if not paths:
                 raise ValueError(

@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from linfusion.attention import cost
 from linfusion.attention.clear.processor import CLEARProcessor
 from linfusion.attention.clear.window import NAME, LocalWindow, Window
 from linfusion.attention.grids import joint as hosts
 from linfusion.attention.hosts import layout
 from linfusion.attention.hosts.layers import hosted_layers
 from linfusion.attention.hosts.processor import HostedProcessor, hosted
-from linfusion.attention.method import Method, StudentFile
+from linfusion.attention.method import Method, StudentFile, head_dim_of, heads_of
 
 # Processors that compute softmax attention over text and image and nothing besides.
 _PLAIN = {
@@ -139,6 +140,14 @@ def break_even_tokens(attn: Any, setting: Mapping[str, Any]) -> int:
     return math.ceil(disc / (1 - window.down_factor**-2))
 
 
+def _passes(attn: Any, setting: Mapping[str, Any], tokens: int) -> list[cost.Pass]:
+    """Of a square picture, by the keys in the tiles that a window touches, and pooled ones."""
+    window, side = Window(**setting), 8 * math.ceil(math.sqrt(tokens) / 8)
+    keys = cost.keys_visited((side, side), window.radius)
+    keys += tokens / window.down_factor**2 if window.down_factor > 1 else 0
+    return cost.softmax_of_any(tokens, heads_of(attn), head_dim_of(attn), keys)
+
+
 def _processors(model: nn.Module) -> Callable[[Any], Any]:
     if not _is_joint(model):
         return lambda attn: hosted(attn.processor, NAME)
@@ -174,6 +183,7 @@ METHOD = Method(
     child=lambda attn, setting: LocalWindow(setting),
     is_fresh=_is_fresh,
     break_even_tokens=break_even_tokens,
+    passes=_passes,
     state_bytes=lambda attn: 0,
     student='"clear", weights="Huage001/CLEAR/clear_local_8.safetensors"',
     projections=True,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from linfusion.attention import cost
 from linfusion.attention.linfusion.fused import FusedLayer
 from linfusion.attention.method import Method, self_attention
 
@@ -61,6 +62,13 @@ def break_even_tokens(attn: Attention, projection_mid_dim: int | None) -> int:
     return 2 * _mid(attn, projection_mid_dim) + attn.inner_dim // attn.heads
 
 
+def _passes(attn: Attention, projection_mid_dim: int | None, tokens: int) -> list[cost.Pass]:
+    head_dim = attn.inner_dim // attn.heads
+    return cost.linfusion(
+        1, tokens, attn.heads, head_dim, projection_mid_dim, cost.LINFUSION_ONE_PASS
+    )
+
+
 def state_bytes(attn: Attention) -> int:
     """fp32 S [H, D, D] and m [H, D]."""
     head_dim = attn.inner_dim // attn.heads
@@ -89,6 +97,7 @@ METHOD = Method(
     child=lambda attn, mid: FeatureMap(attn.query_dim, mid),
     is_fresh=_is_fresh,
     break_even_tokens=break_even_tokens,
+    passes=_passes,
     state_bytes=state_bytes,
     student='weights="Yuanshi/LinFusion-1-5"',
     fused_name=FUSED,

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from linfusion.attention import cost
 from linfusion.attention.grids import video as volumes
 from linfusion.attention.mamba2.inherit import inherit as inherit_attention
 from linfusion.attention.mamba2.qk_norms import qk_norm_of
@@ -125,6 +126,24 @@ def break_even_tokens(attn: Any, setting: Mapping[str, Any]) -> int:
     return math.prod(mixture.window) + math.ceil(scan)
 
 
+def _passes(attn: Any, setting: Mapping[str, Any], tokens: int) -> list[cost.Pass]:
+    """Windows, the scan's projections, both of its directions, and what surrounds all that."""
+    mixture = Mixture(**{n: v for n, v in setting.items() if n not in _OF_LAYER})
+    channels, heads = channels_of(attn), attn.heads
+    head_dim = channels // heads
+    read = tokens
+    if mixture.review_placement != "none":
+        read += math.ceil(tokens / math.prod(mixture.review_pool))
+    windows = min(tokens, math.prod(mixture.window))
+    scan = cost.scan(1, read, heads, head_dim, head_dim, mixture.chunk_size or 256, heads)
+    return [
+        *cost.softmax_of_any(tokens, heads, head_dim, windows),
+        cost.Pass("gemm", 2 * 7 * read * channels, 2 * 5 * read * channels**2),
+        *scan * 2,
+        cost.Pass("elementwise", cost.MATE_ONE_PASS * tokens * channels),
+    ]
+
+
 def state_bytes(attn: Any) -> int:
     """fp32 h [H, P, P] of both directions."""
     channels: int = channels_of(attn)
@@ -142,6 +161,7 @@ METHOD = Method(
     inherit=inherit,
     is_fresh=_is_fresh,
     break_even_tokens=break_even_tokens,
+    passes=_passes,
     state_bytes=state_bytes,
     student='"mate", weights="a folder of yours"',
     projections=True,

@@ -155,7 +155,8 @@ def directional_conv(
         raise ValueError(f"first: got {first!r}, expected 0 to {x.shape[1] - 1}")
     impl = implementation(impl, x, accumulator(x), lambda: None)
     run = ops.directional_conv if impl == "triton" else reference.directional_conv
-    found = run(x, *(forward or (None, None)), *(backward or (None, None)), first, silu)
+    (w, b), (w_b, b_b) = forward or (None, None), backward or (None, None)
+    found = run(x, w, b, w_b, b_b, first, silu)
     return None if forward is None else found[0], None if backward is None else found[1]
 
 

@@ -309,12 +309,13 @@ def directional_conv_backward(
 
     grads = []
     for way, (w, b) in enumerate(((weight, bias), (weight_b, bias_b))):
-        total = None if w is None else partial[:, way].sum(0)  # [rows, C]
+        total = partial[:, way].sum(0)  # [rows, C]; of a direction there is not, unwritten
         grads += [
             x.new_empty(0) if w is None else total[:taps].t().to(w.dtype).contiguous(),
             x.new_empty(0) if b is None else total[taps].to(b.dtype, copy=True),
         ]
-    return dx, *grads
+    dw, db, dw_b, db_b = grads
+    return dx, dw, db, dw_b, db_b
 
 
 def _arguments(

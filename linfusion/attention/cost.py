@@ -24,6 +24,8 @@ LINFUSION_ELEMENTWISE = 28.0
 LINFUSION_ONE_PASS = 20.0
 # MATE around its scan: convolution, gates, norms, turning and joining of directions.
 MATE_ELEMENTWISE = 395.0
+# The same where the library's kernels run.
+MATE_ONE_PASS = 101.0
 # Rotary embedding of queries and keys as diffusers writes it, an element of either.
 ROTARY_ELEMENTWISE = 54.0
 
@@ -88,6 +90,12 @@ def softmax(
     keys = queries if keys is None else keys
     moved = _BYTES * batch * heads * head_dim * 4 * queries
     return [Pass(f"softmax {padded}", moved, 4 * batch * heads * queries * keys * padded)]
+
+
+def softmax_of_any(tokens: int, heads: int, head_dim: int, keys: float | None = None) -> list[Pass]:
+    """The same for heads of any width: those above 128 columns are counted as several."""
+    parts = math.ceil(head_dim / 128)
+    return softmax(1, tokens, heads * parts, math.ceil(head_dim / parts), keys)
 
 
 def linfusion(

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import roofline
-from linfusion.layers import cost
-from linfusion.layers.cost import CARDS, H100, RTX_4090, Card, Pass
+from linfusion.attention import cost
+from linfusion.attention.cost import CARDS, H100, RTX_4090, Card, Pass
 
 # A card of which everything can be done in the head.
 ROUND = Card("", 1e9, 1e12, dict.fromkeys((*H100.reached,), 0.5))
