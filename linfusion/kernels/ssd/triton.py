@@ -48,7 +48,6 @@ from linfusion.kernels.ssd.triton_launch import (
 __all__ = ["Launch", "Target", "scan", "scan_backward"]
 
 _DECAYS_BLOCK = 1024
-_PIECE = 64  # columns of a result that one product makes
 
 
 def scan(
@@ -166,7 +165,7 @@ def _read(
     args |= sizes_of(k, v) | stride_arguments(q=q, k=k, v=v, x=x) | {"SKIPS": skip is not None}
     args |= constants_of(k, v, step, choices, backward, target, (x, q, k))
     del args["BP"]
-    args["PA"], args["PB"] = pieces(v.shape[3], _PIECE)
+    args["PA"], args["PB"] = pieces(v.shape[3], step.piece)
     args["BD"] = columns_of(step, args["BN"])
     # Of float32 a product takes high and low halves: they leave no registers to hold q in.
     args["HOLDS"] = all(t.element_size() == 2 for t in (x, q, k))
@@ -208,6 +207,6 @@ def _keys(
     args |= sizes_of(k, v) | stride_arguments(q=q, k=k, u=u, v=v)
     args |= constants_of(k, v, step, choices, backward, target, (v, q, k))
     args["BD"] = columns_of(step, max(args.pop("BP"), args.pop("BN")))
-    args["NA"], args["NB"] = pieces(q.shape[3], _PIECE)
+    args["NA"], args["NB"] = pieces(q.shape[3], step.piece)
     launch(target, ssd_bwd_keys, programs * splits, args, step)
     return dq[:, :, :, 0] if splits == 1 else dq.sum(3).to(q.dtype), pairs, edges

@@ -50,13 +50,26 @@ def product_of(
     D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows i of Q times rows j of K, BD columns at a time; [len(i), len(j)]."""
-    w = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    """Rows i of Q times rows j of K, BD columns at a time; [len(i), len(j)].
+
+    Float32 is several products one after the other, whose rows are laid out 16 to a warp; four
+    warps over fewer than 64 rows would repeat them. Transposed, they share the columns.
+    """
+    FLIP: tl.constexpr = i.shape[0] < 64
+    if FLIP:
+        w = tl.zeros([j.shape[0], i.shape[0]], tl.float32)
+    else:
+        w = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)  # [BD]
         q = rows_of(Q, i, inside, d, sq, D, ALIGN).to(DOT)  # [len(i), BD]
         k = rows_of(K, j, there, d, sk, D, ALIGN).to(DOT)  # [len(j), BD]
-        w = tl.dot(q, tl.trans(k), w, input_precision=PRECISION)
+        if FLIP:
+            w = tl.dot(k, tl.trans(q), w, input_precision=PRECISION)
+        else:
+            w = tl.dot(q, tl.trans(k), w, input_precision=PRECISION)
+    if FLIP:
+        w = tl.trans(w)
     return w
 
 
