@@ -145,7 +145,9 @@ def ssd_bwd_keys(
         dq_b = tl.zeros([BM, NB], tl.float32)
     of_group = heads // groups
     share = tl.cdiv(of_group, splits)
-    for r in range(split * share, tl.minimum((split + 1) * share, of_group)):
+    # What does not change in a loop is computed again: held in registers, it spills on sm_120.
+    end_of_split = tl.minimum((split + 1) * share, of_group)
+    for r in tl.range(split * share, end_of_split, disable_licm=True):
         h = (g * of_group + r).to(tl.int64)
         S_h = S + h * 2 * length
         DT_h = DT + h
@@ -168,7 +170,7 @@ def ssd_bwd_keys(
             edges += more
         tl.store(EDGES + h * length + i, edges, mask=inside)
         pairs = tl.zeros([BM], tl.float32)
-        for at in range(begin, end, BK):
+        for at in tl.range(begin, end, BK, disable_licm=True):
             j = at + tl.arange(0, BK)  # [BK]
             there = j < length
             other = token_of(j, length, REVERSE)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 class Step(NamedTuple):
     """A program holds `held` tokens of a chunk and takes `taken` others at a time, with at most
     `columns` of their channels and features; "states" holds a tile of `columns` by `columns` of a
-    state and takes `taken` tokens at a time. Columns of a result beyond `piece` are a piece of their
-    own."""
+    state and takes `taken` tokens at a time. Columns of a result beyond `piece` are another
+    piece."""
 
     held: int
     taken: int
