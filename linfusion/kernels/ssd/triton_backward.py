@@ -103,6 +103,7 @@ def ssd_bwd_keys(
     NB: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
+    HOISTS: tl.constexpr,
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -145,9 +146,10 @@ def ssd_bwd_keys(
         dq_b = tl.zeros([BM, NB], tl.float32)
     of_group = heads // groups
     share = tl.cdiv(of_group, splits)
-    # What does not change in a loop is computed again: held in registers, it spills on sm_120.
+    # Unless it `HOISTS`, what a loop does not change is computed again in it: held, it spills on
+    # sm_120; computed again, its scalars spill on gfx942.
     end_of_split = tl.minimum((split + 1) * share, of_group)
-    for r in tl.range(split * share, end_of_split, disable_licm=True):
+    for r in tl.range(split * share, end_of_split, disable_licm=not HOISTS):
         h = (g * of_group + r).to(tl.int64)
         S_h = S + h * 2 * length
         DT_h = DT + h
@@ -170,7 +172,7 @@ def ssd_bwd_keys(
             edges += more
         tl.store(EDGES + h * length + i, edges, mask=inside)
         pairs = tl.zeros([BM], tl.float32)
-        for at in tl.range(begin, end, BK, disable_licm=True):
+        for at in tl.range(begin, end, BK, disable_licm=not HOISTS):
             j = at + tl.arange(0, BK)  # [BK]
             there = j < length
             other = token_of(j, length, REVERSE)
