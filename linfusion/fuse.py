@@ -20,7 +20,8 @@ def fuse(model_or_pipe: Any) -> Any:
     One GEMM computes all that reads the same input, and the output projection is folded into the
     state. The layers keep their own weights beside the fused copies, for `unfuse`; where those are
     changed afterwards (a LoRA is merged into them, other weights are loaded), the next call of the
-    model says so.
+    model says so. Not where they are written past autograd (`parameter.data += ...`), which leaves
+    no trace but the numbers, and those are not read back every call: `unfuse` before that.
 
     Args:
         model_or_pipe: linearized before.

@@ -160,14 +160,15 @@ def restore(model_or_pipe: Any) -> Any:
     if not records:
         _forget(model_or_pipe)
         return model_or_pipe
-    changed = 0
     for _, record in records:
         for path, taken in record.layers.items():
             if taken.base_weights:
                 refuse_copied(path, taken.layer)
-    for model, record in records:
-        changed += take_off(model, record)
-    _leave_pag(model_or_pipe)
+    with all_or_nothing() as undo:
+        changed = sum(take_off(model, record, undo) for model, record in records)
+        if hasattr(model_or_pipe, _PAG):
+            undo.callback(vars(model_or_pipe).update, dict(vars(model_or_pipe)))
+        _leave_pag(model_or_pipe)
     if changed:
         warnings.warn(
             f"model_or_pipe: the projections of {changed} linear layers were changed after"
@@ -183,7 +184,8 @@ def restore(model_or_pipe: Any) -> Any:
 def _off_again(model: nn.Module) -> None:
     record = record_of(model)
     if record is not None:
-        take_off(model, record)
+        with all_or_nothing() as undo:
+            take_off(model, record, undo)
 
 
 def _records(model_or_pipe: Any) -> list[tuple[nn.Module, Record]]:
@@ -211,9 +213,17 @@ def as_softmax(model_or_pipe: Any) -> Iterator[Any]:
             if taken.base_weights:
                 refuse_copied(path, taken.layer)
     with ExitStack() as stack:
+        stack.callback(_softmax_altogether, [model for model, _ in records])
         for model, record in records:
             stack.enter_context(softmax(model, record))
         yield model_or_pipe
+
+
+def _softmax_altogether(models: list[nn.Module]) -> None:
+    """Where one of several models could not come back from `as_softmax`, none does."""
+    if any(record_of(model) is None for model in models):
+        for model in models:
+            _off_again(model)
 
 
 def _forget(model_or_pipe: Any) -> None:

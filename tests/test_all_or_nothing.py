@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,34 @@ def test_a_call_that_is_stopped_anywhere_leaves_all_or_nothing(name):
             undo(pipe)
         else:
             pipe = make()
+
+
+@pytest.mark.parametrize(
+    "call", [linfusion.restore, softmax_for_a_while], ids=["restore", "as_softmax"]
+)
+def test_of_two_models_that_are_stopped_anywhere_both_are_on_or_both_off(call):
+    sides = PART | {"weights": {"transformer": SIDE, "transformer_2": SIDE}}
+
+    def pair():
+        return linfusion.linearize(
+            SimpleNamespace(transformer=tiny_unet(), transformer_2=tiny_unet()), **sides
+        )
+
+    pipe = pair()
+    models = pipe.transformer, pipe.transformer_2
+    on, off = (state(models[0]), tensors(models[0])), (state(tiny_unet()), tensors(tiny_unet()))
+    lines = run(partial(call, pipe))
+    # Of every line the last time that it is reached: most in the second model.
+    stops = sorted({line: index for index, line in enumerate(lines)}.values())[::3]
+    assert len(stops) > 10
+    seen = set()
+    for stop in stops:
+        pipe = pair()
+        run(partial(call, pipe), stop)
+        one, other = (in_one_of(m, [on, off], lines[stop]) for m in vars(pipe).values())
+        assert one == other, lines[stop]
+        seen.add(one)
+    assert seen == {0, 1}
 
 
 def test_a_full_memory_inside_linearize_leaves_the_model_softmax(monkeypatch):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from linfusion.kernels.launch import Launch
 
 # Of a tile: tokens that a program holds, that it takes at a time, columns.
-TILE = ("BM", "BK", "BD", "BP", "BN", "BLOCK", "BH")
+TILE = ("BM", "BK", "BD", "BP", "BN", "PA", "PB", "NA", "NB", "BLOCK", "BH")
 # Channels of a head × features of its state.
 SIZES = {"64×64": (64, 64), "64×128": (64, 128), "128×64": (128, 64), "128×128": (128, 128)}
 BATCH, TOKENS, HEADS, GROUPS, CHUNK = 1, 65536, 32, 1, 256

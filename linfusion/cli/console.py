@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,26 @@ def working(what: str | None = None) -> Iterator[None]:
         say(what)
     with contextlib.redirect_stdout(sys.stderr):
         yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what libraries, imported before, say of every pipeline that is as it should be."""
+    said = ("id2label", "kept in float32: []", "cannot run with `cpu`", "cannot run with cpu")
+
+    def matters(record: logging.LogRecord) -> bool:
+        return not any(text in record.getMessage() for text in said)
+
+    handlers = [
+        h for name in ("diffusers", "transformers") for h in logging.getLogger(name).handlers
+    ]
+    for handler in handlers:
+        handler.addFilter(matters)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(matters)
 
 
 def say(message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +11,7 @@ from typer import Option
 
 from linfusion import zoo
 from linfusion.cli.check import check_device, check_model
-from linfusion.cli.console import say
+from linfusion.cli.console import quiet, say
 
 if TYPE_CHECKING:
     import torch
@@ -108,7 +107,7 @@ def load_pipeline(
     transformers_logging.disable_progress_bar()
     from linfusion.pipelines.load import load as load_pipeline
 
-    with _quiet():
+    with quiet():
         with reaching(model, revision):
             pipe = load_pipeline(name, **kwargs)
         if not cpu_offload and chosen != "balanced":
@@ -164,26 +163,6 @@ def _unreachable(model: str, error: OSError) -> OSError:
             return OSError(f"model: cannot reach the hub for {model} ({cause}); {_cached()}")
         cause = cause.__cause__ or cause.__context__
     return error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what libraries say at every start of a pipeline that is as it should be."""
-    said = ("id2label", "kept in float32: []", "cannot run with `cpu`", "cannot run with cpu")
-
-    def matters(record: logging.LogRecord) -> bool:
-        return not any(text in record.getMessage() for text in said)
-
-    handlers = [
-        h for name in ("diffusers", "transformers") for h in logging.getLogger(name).handlers
-    ]
-    for handler in handlers:
-        handler.addFilter(matters)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(matters)
 
 
 def find_weights(pipe: DiffusionPipeline, model: str, weights: str | None) -> str:

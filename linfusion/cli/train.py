@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer import Context, Option
 
-from linfusion.cli.console import Json, emit_json, keeping, say, working
+from linfusion.cli.console import Json, emit_json, keeping, quiet, say, working
 from linfusion.files.whole_files import writable_folder
 from linfusion.training.config import LINGEN, TrainConfig, options_type, read_recipe, recipes
 from linfusion.training.schema import accepted, from_text, hints_of
@@ -59,7 +59,7 @@ def train(context: Context, recipe: str | None = None, as_json: bool = False, **
     with working(f"distilling {config.pretrained_model_name_or_path} into {config.output_dir}"):
         from linfusion.training.trainer import distill
 
-        with keeping(lambda: _kept(config)):
+        with keeping(lambda: _kept(config)), quiet():
             folder = distill(config)
     if as_json:
         emit_json({"weights": str(folder), "config": dataclasses.asdict(config)})

@@ -37,7 +37,7 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BLANK = "sha256:" + "0" * 64
+BLANK = "sha256:" + "0" * 64
 # Quotes inside of JSON strings are escaped, so this is found only where it is a key.
 _SEAL = re.compile(rb'"checksum": ?"sha256:([0-9a-f]{64})"')
 _PART = re.compile(r"\..*\.[0-9a-f]{16}\.part", re.DOTALL)
@@ -147,7 +147,7 @@ def settle(folder: Path) -> None:
 
 def write_json(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
     """A sealed JSON object."""
-    text = json.dumps({**values, "checksum": _BLANK}, indent=2)
+    text = json.dumps({**values, "checksum": BLANK}, indent=2)
     _write_sealed(Path(path), text.encode())
 
 
@@ -175,7 +175,7 @@ def save_tensors(
     data = safetensors.torch.save(plain)
     # The metadata are put in here: safetensors writes them in an order that changes.
     start = 8 + int.from_bytes(data[:8], "little")
-    about = {"format": "pt", "checksum": _BLANK, **(metadata or {})}
+    about = {"format": "pt", "checksum": BLANK, **(metadata or {})}
     header = json.dumps(
         {"__metadata__": about} | json.loads(data[8:start]), separators=(",", ":")
     ).encode()

@@ -55,6 +55,12 @@ def power_of_2(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
+def pieces(d: int, most: int) -> tuple[int, int]:
+    """Powers of two, from 16 to `most`, that hold d columns; the second is 0 if one does."""
+    first = min(most, power_of_2(d))
+    return first, 0 if d <= first else power_of_2(d - first)
+
+
 def strides_of(*tensors: Tensor) -> tuple[int, list[tuple[int, int, int]]]:
     """A power of two up to 16 that divides every stride, and the strides divided by it."""
     strides = [

@@ -69,25 +69,33 @@ def put_on(plan: Plan) -> None:
         )
 
 
-def take_off(model: nn.Module, record: Record) -> int:
-    """Undo `put_on`, all of it or nothing; how many layers had changed weights."""
+def take_off(model: nn.Module, record: Record, undo: ExitStack) -> int:
+    """Undo `put_on`; how many layers had changed weights. `undo` puts it on again."""
     mechanism = get_method(record.method)
-    with lifted(model), all_or_nothing() as undo:
+    steps = ExitStack()
+    undo.callback(_undone, model, steps)
+    with lifted(model):
         changed = sum(bool(changed_since(taken)) for taken in record.layers.values())
-        undo.callback(_attach_again, model, record)
+        steps.callback(_attach_again, model, record)
         mechanism.detach(model)
         for taken in record.layers.values():
-            swap(taken, undo)
-            give_processor(taken.layer, taken.processor, undo)
+            swap(taken, steps)
+            give_processor(taken.layer, taken.processor, steps)
         # What fuse_qkv_projections laid aside would bring our processors back.
         stash = getattr(model, "original_attn_processors", None) or {}
         for path, taken in record.layers.items():
             if isinstance(stash.get(f"{path}.processor"), mechanism.processor):
-                undo.callback(stash.__setitem__, f"{path}.processor", stash[f"{path}.processor"])
+                steps.callback(stash.__setitem__, f"{path}.processor", stash[f"{path}.processor"])
                 stash[f"{path}.processor"] = taken.processor
-        undo.callback(_hang, model, record, _hanging(record), model.__dict__.get("_internal_dict"))
+        config = model.__dict__.get("_internal_dict")
+        steps.callback(_hang, model, record, _hanging(record), config)
         _strip(model)
     return changed
+
+
+def _undone(model: nn.Module, steps: ExitStack) -> None:
+    with lifted(model):
+        steps.close()
 
 
 @contextmanager

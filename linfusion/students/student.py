@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from linfusion.attention import get_method
 from linfusion.attention.linfusion.authors_names import from_numbered, numbered_layer
 from linfusion.attention.linfusion.feature_map import NAME
-from linfusion.files import whole_files
+from linfusion.files import sealed_tensors, whole_files
 from linfusion.layers.difference import Difference, differences
 from linfusion.layers.find import shorten
 from linfusion.layers.record import layer_at
@@ -99,7 +99,8 @@ class LinFusion(ModelMixin, ConfigMixin):
             **kwargs: as diffusers' `ModelMixin.from_pretrained` (revision, subfolder, dtype, ...).
 
         Raises:
-            ValueError: the file is no readable safetensors file, or its tensors are not those its
+            ValueError: the file is no readable safetensors file, is not as it was written (where it
+                holds a checksum, as those that we write do), or its tensors are not those its
                 config.json describes; the message lists the names.
         """
         if kwargs.pop("use_safetensors", True) is False:
@@ -114,6 +115,7 @@ class LinFusion(ModelMixin, ConfigMixin):
             "use_safetensors": True,
         }
         try:
+            sealed_tensors.check_folder(Path(source, kwargs.get("subfolder") or ""))
             # Only what is in the file gets memory: a config may claim any size.
             with torch.device("meta"):
                 loaded: Any = super().from_pretrained(source, **kwargs)
@@ -142,7 +144,7 @@ class LinFusion(ModelMixin, ConfigMixin):
         return (model, info) if want_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write config.json and safetensors; each file appears whole or not at all.
+        """Write config.json and safetensors with checksums; each file appears whole or not at all.
 
         Args:
             save_directory: folder, made if missing.
@@ -158,6 +160,8 @@ class LinFusion(ModelMixin, ConfigMixin):
             folder.mkdir(parents=True, exist_ok=True)
             with whole_files.filling(folder) as temporary:
                 super().save_pretrained(temporary, **kwargs)
+                for file in Path(temporary).glob("*.safetensors"):
+                    sealed_tensors.seal(file)
         except OSError as error:
             raise ValueError(f"save_directory: cannot write to {folder}: {error}") from error
         if push:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 
 import pytest
@@ -394,6 +395,27 @@ def test_training_goes_on_from_where_it_was(run, monkeypatch, tmp_path, flag):
     monkeypatch.setattr(trainer, "distill", lambda config: seen.append(config) or tmp_path)
     run("train", "--train_data_dir", "pictures", "--output_dir", tmp_path, flag, "latest")
     assert seen[0].resume_from_checkpoint == "latest"
+
+
+def test_training_passes_on_what_matters_of_what_libraries_say(run, monkeypatch, tmp_path):
+    import linfusion.training.trainer as trainer
+
+    log, said = logging.getLogger("diffusers"), []
+
+    def distill(config):
+        log.warning("There are modules that should be kept in float32: []. Take care")
+        log.warning("The scheduler is broken")
+        return tmp_path
+
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    monkeypatch.setattr(trainer, "distill", distill)
+    log.addHandler(handler)
+    try:
+        run("train", "--train_data_dir", "pictures", "--output_dir", tmp_path)
+    finally:
+        log.removeHandler(handler)
+    assert said == ["The scheduler is broken"]
 
 
 def test_training_without_pictures_is_a_wrong_call(run):

@@ -8,8 +8,10 @@ import resource
 import stat
 
 import pytest
+import torch
 
 import linfusion
+from linfusion.files.whole_files import check
 from linfusion.students.saving import save
 from linfusion.students.student import LinFusion
 from tests.student_files import student_for
@@ -73,6 +75,34 @@ def test_a_config_of_other_types_is_refused(folder, name, value):
 def test_what_is_loaded_is_what_was_saved_and_nothing_is_left_without_memory(folder):
     side = LinFusion.from_pretrained(folder)
     assert not any(t.is_meta for t in [*side.parameters(), *side.buffers()])
+
+
+def test_a_flipped_bit_in_the_tensors_of_a_student_is_noticed_and_the_file_is_named(folder):
+    file = folder / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    size = 8 + int.from_bytes(whole[:8], "little")
+    ours = whole.index(b'"checksum":') + 20  # a damaged name of the checksum changes no tensor
+    for at in [*range(ours, size, 997), *range(size, len(whole), len(whole) // 29), len(whole) - 1]:
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match=r"safetensors is damaged|weights: "):
+            LinFusion.from_pretrained(folder)
+    file.write_bytes(whole)
+    again = LinFusion.from_pretrained(folder).state_dict()
+    want = student_for(tiny_unet()).state_dict()
+    assert all(torch.equal(again[name], want[name]) for name in want)
+
+
+def test_a_student_without_a_checksum_is_read_and_every_shard_has_one(tmp_path):
+    side = student_for(tiny_unet())
+    super(LinFusion, side).save_pretrained(tmp_path / "plain")
+    side.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    shards = list((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        check(shard)
+    for name in ("plain", "shards"):
+        again = LinFusion.from_pretrained(tmp_path / name).state_dict()
+        assert all(torch.equal(again[n], t) for n, t in side.state_dict().items())
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -19,8 +19,7 @@ from linfusion.kernels.hybrid_attention.triton_window import (
     hybrid_sum_bwd_q,
     hybrid_sum_fwd,
 )
-from linfusion.kernels.launch import Launch, Target, rows, target_of
-from linfusion.kernels.window_attention.triton.configs import pieces
+from linfusion.kernels.launch import Launch, Target, pieces, rows, target_of
 from linfusion.kernels.window_attention.triton.launch import (
     Layouts,
     Plan,

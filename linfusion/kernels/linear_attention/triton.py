@@ -299,7 +299,8 @@ def _launch(target: Target, kernel: Any, programs: int, tile: Tile, args: dict[s
 
 def _tile(target: Target, kernel: str, d: int, dv: int, *operands: Tensor) -> Tile:
     vendor = "hip" if target.vendor == "interpreter" else target.vendor
-    return tile_for(vendor, kernel, d, dv, max(t.element_size() for t in operands))
+    itemsize = max(t.element_size() for t in operands)
+    return tile_for(vendor, kernel, d, dv, itemsize, target.arch)
 
 
 def _split(

@@ -26,14 +26,14 @@ class Tile(NamedTuple):
 # above 256 where that has one of its own.
 _TILES: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
     ("cuda", "state", 2): [(64, 64, 64, 8, 3), (64, 64, 128, 8, 3), (32, 64, 128, 8, 3)],
-    ("cuda", "state", 4): [(32, 64, 64, 4, 3), (32, 64, 128, 8, 2), (32, 64, 128, 8, 2)],
+    ("cuda", "state", 4): [(32, 64, 64, 4, 3)],
     ("cuda", "out", 2): [
         (128, 64, 64, 8, 1),
         (128, 32, 128, 8, 2),
         (128, 32, 256, 8, 2),
         (128, 32, 128, 8, 2),
     ],
-    ("cuda", "out", 4): [(64, 32, 64, 4, 2), (64, 32, 128, 8, 2), (64, 32, 128, 8, 2)],
+    ("cuda", "out", 4): [(64, 32, 64, 4, 2)],
     ("cuda", "bwd_q", 2): [(64, 64, 64, 4, 1)],
     ("cuda", "bwd_q_rows", 2): [
         (64, 64, 64, 8, 1),
@@ -43,18 +43,22 @@ _TILES: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
     ],
     ("cuda", "bwd_q_rows", 4): [(32, 64, 32, 8, 1), (32, 128, 32, 8, 1), (32, 256, 16, 8, 1)],
     ("cuda", "bwd_kv", 2): [(128, 64, 64, 8, 1), (128, 128, 64, 8, 1), (128, 64, 64, 8, 1)],
-    ("cuda", "bwd_kv", 4): [(32, 64, 64, 8, 1), (64, 32, 64, 8, 1), (64, 32, 64, 8, 1)],
-    ("hip", "state", 2): [(64, 64, 64, 4, 2), (64, 128, 128, 8, 2), (32, 64, 256, 8, 2)],
+    ("cuda", "bwd_kv", 4): [(32, 64, 64, 8, 1), (64, 32, 64, 4, 1), (64, 32, 64, 4, 1)],
+    ("hip", "state", 2): [(64, 64, 64, 4, 1), (64, 128, 128, 8, 1), (32, 64, 256, 8, 2)],
     ("hip", "state", 4): [(32, 64, 64, 4, 2), (32, 64, 128, 8, 2), (32, 64, 128, 8, 2)],
     ("hip", "out", 2): [(128, 64, 64, 4, 1), (128, 64, 128, 8, 2), (128, 32, 256, 8, 2)],
     ("hip", "out", 4): [(64, 64, 64, 4, 1), (64, 32, 128, 8, 2), (64, 32, 128, 8, 2)],
     ("hip", "bwd_q", 2): [(64, 64, 64, 4, 1)],
-    ("hip", "bwd_q", 4): [(32, 64, 64, 4, 1)],
+    ("hip", "bwd_q", 4): [(64, 64, 64, 4, 1)],
     ("hip", "bwd_q_rows", 2): [(64, 64, 64, 8, 1), (64, 128, 64, 8, 1), (64, 256, 32, 8, 1)],
-    ("hip", "bwd_q_rows", 4): [(32, 64, 32, 8, 1), (32, 128, 32, 8, 1), (32, 64, 32, 8, 1)],
+    ("hip", "bwd_q_rows", 4): [(32, 64, 32, 8, 1), (128, 128, 32, 4, 1), (128, 64, 32, 4, 1)],
     ("hip", "bwd_kv", 2): [(64, 64, 64, 4, 1), (128, 64, 64, 8, 1), (128, 64, 64, 8, 1)],
-    ("hip", "bwd_kv", 4): [(64, 64, 64, 8, 1), (64, 64, 64, 8, 1), (64, 64, 64, 8, 1)],
+    ("hip", "bwd_kv", 4): [(64, 64, 64, 4, 1)],
 }
+
+
+# What of these spills on an architecture: (architecture, kernel, bytes) -> a `Tile` for up to 64.
+_INSTEAD = {(100, "bwd_q", 2): Tile(64, 64, 64, 8, 1)}
 
 
 def fuses_backward(vendor: str, d: int, dv: int, itemsize: int, arch: int = 80) -> bool:
@@ -68,12 +72,14 @@ def fuses_backward(vendor: str, d: int, dv: int, itemsize: int, arch: int = 80) 
 
 
 @functools.lru_cache(1024)
-def tile_for(vendor: str, kernel: str, d: int, dv: int, itemsize: int) -> Tile:
+def tile_for(vendor: str, kernel: str, d: int, dv: int, itemsize: int, arch: int = 80) -> Tile:
     """The tile of `kernel` for heads of `d` by `dv`, cut down to powers of two that cover them."""
     widest = max(d, dv)
     tiles = _TILES[vendor, kernel, itemsize]
     bucket = sum(widest > most for most in (64, 128, 256))
     tile = Tile(*tiles[min(bucket, len(tiles) - 1)])
+    if vendor == "cuda" and bucket == 0:
+        tile = _INSTEAD.get((arch, kernel, itemsize), tile)
     return tile._replace(d=min(tile.d, _cover(d)), e=min(tile.e, _cover(dv)))
 
 

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linfusion.kernels.launch import Launch, Target, cdiv, rows, stride_arguments, target_of
+from linfusion.kernels.launch import (
+    Launch,
+    Target,
+    cdiv,
+    pieces,
+    rows,
+    stride_arguments,
+    target_of,
+)
 from linfusion.kernels.ssd.common import Choices, triton_chunk_of
 from linfusion.kernels.ssd.triton_backward import (
     ssd_bwd_decays,
@@ -115,7 +123,8 @@ def scan_backward(
     args |= sizes_of(b, x) | stride_arguments(b=b, c=c, x=x, g=dy)
     constants = constants_of(b, x, step, choices, True, target, (x, b, c))
     names = ("P", "N", "BM", "BK", "REVERSE", "DOT", "PRECISION")
-    args |= {name: constants[name] for name in names} | {"BD": columns_of(step, constants)}
+    args |= {name: constants[name] for name in names}
+    args["BD"] = columns_of(step, max(constants["BP"], constants["BN"]))
     launch(target, ssd_bwd_within, batch * heads * tiles, args, step)
 
     da = torch.empty(a.shape, dtype=a.dtype, device=a.device)
@@ -155,6 +164,11 @@ def _read(
     args |= {"DDT": s if ddt is None else ddt, "DSKIP": s if dskip is None else dskip}
     args |= sizes_of(k, v) | stride_arguments(q=q, k=k, v=v, x=x) | {"SKIPS": skip is not None}
     args |= constants_of(k, v, step, choices, backward, target, (x, q, k))
+    del args["BP"]
+    args["PA"], args["PB"] = pieces(v.shape[3], step.piece)
+    args["BD"] = columns_of(step, args["BN"])
+    # Of float32 a product takes high and low halves: they leave no registers to hold q in.
+    args["HOLDS"] = all(t.element_size() == 2 for t in (x, q, k))
     launch(target, ssd_read, batch * heads * cdiv(length, step.held), args, step)
 
 
@@ -192,7 +206,8 @@ def _keys(
     args |= {"BETWEEN": between, "splits": splits}
     args |= sizes_of(k, v) | stride_arguments(q=q, k=k, u=u, v=v)
     args |= constants_of(k, v, step, choices, backward, target, (v, q, k))
-    args["BD"] = columns_of(step, args)
-    del args["BP"]  # rows of a state are taken BD at a time
+    args["BD"] = columns_of(step, max(args.pop("BP"), args.pop("BN")))
+    args["NA"], args["NB"] = pieces(q.shape[3], step.piece)
+    args["HOISTS"] = target.vendor != "cuda"
     launch(target, ssd_bwd_keys, programs * splits, args, step)
     return dq[:, :, :, 0] if splits == 1 else dq.sum(3).to(q.dtype), pairs, edges

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from linfusion.kernels.ssd.triton_forward import (
     decays_of,
+    product_of,
     rows_of,
     state_of,
     to_the_edge,
@@ -31,41 +32,20 @@ from linfusion.kernels.ssd.triton_forward import (
 
 
 @triton.jit
-def product_of(
-    Q, K, i, j, inside, there, sq, sk,
-    D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+def edge_of(
+    Q, U, STATES, token, inside, scale, n, q_sn, u_sn,
+    P: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Rows i of Q times rows j of K, BD columns at a time; [len(i), len(j)]."""
-    w = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
-    for start in range(0, D, BD):
-        d = start + tl.arange(0, BD)  # [BD]
-        q = rows_of(Q, i, inside, d, sq, D, ALIGN).to(DOT)  # [len(i), BD]
-        k = rows_of(K, j, there, d, sk, D, ALIGN).to(DOT)  # [len(j), BD]
-        w = tl.dot(q, tl.trans(k), w, input_precision=PRECISION)
-    return w
-
-
-@triton.jit
-def key_step(
-    Q, K, U, V, DT, S, i, j, token, length, heads, q_sn, k_sn, u_sn, v_sn, dq,
-    P: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr,
-    BACKWARD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    """Add what places j give dq of places i; also m_ij c_i·b_j [BM, BK]."""
-    inside = i < length
-    there = j < length
-    other = token_of(j, length, REVERSE)
-    m = product_of(U, V, token, other, inside, there, u_sn, v_sn, P, BD, ALIGN, DOT, PRECISION)
-    m *= decays_of(S, i, j, length, BACKWARD)
-    if BACKWARD:
-        m *= tl.load(DT + token * heads, mask=inside, other=0.0)[:, None]
-    else:
-        m *= tl.load(DT + other * heads, mask=there, other=0.0)[None, :]
-    k = rows_of(K, other, there, tl.arange(0, BN), k_sn, N, ALIGN).to(DOT)  # [BK, BN]
-    dq = tl.dot(m.to(DOT), k, dq, input_precision=PRECISION)
-    m *= product_of(Q, K, token, other, inside, there, q_sn, k_sn, N, BD, ALIGN, DOT, PRECISION)
-    return m, dq
+    """What the state gives columns n of dq, [BM, len(n)], and its products with q, [BM]."""
+    edge = tl.zeros([token.shape[0], n.shape[0]], tl.float32)
+    for at in range(0, P, BD):
+        p = at + tl.arange(0, BD)  # [BD]
+        u = rows_of(U, token, inside, p, u_sn, P, ALIGN).to(DOT)  # [BM, BD]
+        state = state_of(STATES, p, n, P, N).to(DOT)  # [BD, len(n)]
+        edge = tl.dot(u, state, edge, input_precision=PRECISION)
+    edge *= scale[:, None]
+    return edge, tl.sum(edge * rows_of(Q, token, inside, n, q_sn, N, ALIGN), 1)
 
 
 @triton.jit(
@@ -119,9 +99,11 @@ def ssd_bwd_keys(
     P: tl.constexpr,
     N: tl.constexpr,
     BD: tl.constexpr,
-    BN: tl.constexpr,
+    NA: tl.constexpr,
+    NB: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
+    HOISTS: tl.constexpr,
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -132,7 +114,7 @@ def ssd_bwd_keys(
     """dc of BM tokens and some heads of a group, with Q = c, K = b, U = dy, V = x and the states
     before the chunks; backward db, with Q = b, K = c, U = x, V = dy and the gradients of the states
     after them. Of each token and head also what the pairs with other tiles and the state give the
-    gradients of log-decays."""
+    gradients of log-decays. Features come in pieces `NA` and `NB`."""
     pid = tl.program_id(0)
     split = pid % splits
     g = pid // splits % groups
@@ -142,7 +124,7 @@ def ssd_bwd_keys(
     first = start // CHUNK * CHUNK
     last = tl.minimum(first + CHUNK, length) - 1
     i = start + tl.arange(0, BM)  # [BM]
-    n = tl.arange(0, BN)  # [BN]
+    n = tl.arange(0, NA)  # [NA]
     inside = i < length
     token = token_of(i, length, REVERSE)
     Q += (b * q_sb + g.to(tl.int64) * q_sh) * ALIGN
@@ -158,34 +140,57 @@ def ssd_bwd_keys(
     end = last + 1 if BACKWARD else tl.minimum(start + BM, length)
     BETWEEN += (b * tl.cdiv(length, BM) + start // BM) * heads * CHUNK
 
-    dq = tl.zeros([BM, BN], tl.float32)
+    dq = tl.zeros([BM, NA], tl.float32)
+    if NB:
+        n_b = NA + tl.arange(0, NB)  # [NB]
+        dq_b = tl.zeros([BM, NB], tl.float32)
     of_group = heads // groups
     share = tl.cdiv(of_group, splits)
-    for r in range(split * share, tl.minimum((split + 1) * share, of_group)):
+    # Unless it `HOISTS`, what a loop does not change is computed again in it: held, it spills on
+    # sm_120; computed again, its scalars spill on gfx942.
+    end_of_split = tl.minimum((split + 1) * share, of_group)
+    for r in tl.range(split * share, end_of_split, disable_licm=not HOISTS):
         h = (g * of_group + r).to(tl.int64)
         S_h = S + h * 2 * length
         DT_h = DT + h
         U_h = U + h * u_sh * ALIGN
         V_h = V + h * v_sh * ALIGN
-        edge = tl.zeros([BM, BN], tl.float32)
-        for at in range(0, P, BD):
-            p = at + tl.arange(0, BD)  # [BD]
-            u = rows_of(U_h, token, inside, p, u_sn, P, ALIGN).to(DOT)  # [BM, BD]
-            state = state_of(STATES + h * (P * N), p, n, P, N).to(DOT)  # [BD, BN]
-            edge = tl.dot(u, state, edge, input_precision=PRECISION)
+        STATES_h = STATES + h * (P * N)
         scale = to_the_edge(S_h, i, last, length, BACKWARD)  # [BM]
         if BACKWARD:
             scale *= tl.load(DT_h + token * heads, mask=inside, other=0.0)
-        edge *= scale[:, None]
+        edge, edges = edge_of(
+            Q, U_h, STATES_h, token, inside, scale, n, q_sn, u_sn, P, N, BD, DOT, PRECISION, ALIGN
+        )  # fmt: skip
         dq += edge
-        edge *= rows_of(Q, token, inside, n, q_sn, N, ALIGN)
-        tl.store(EDGES + h * length + i, tl.sum(edge, 1), mask=inside)
+        if NB:
+            edge, more = edge_of(
+                Q, U_h, STATES_h, token, inside, scale, n_b, q_sn, u_sn, P, N, BD, DOT, PRECISION,
+                ALIGN,
+            )  # fmt: skip
+            dq_b += edge
+            edges += more
+        tl.store(EDGES + h * length + i, edges, mask=inside)
         pairs = tl.zeros([BM], tl.float32)
-        for at in range(begin, end, BK):
+        for at in tl.range(begin, end, BK, disable_licm=not HOISTS):
             j = at + tl.arange(0, BK)  # [BK]
-            m, dq = key_step(
-                Q, K, U_h, V_h, DT_h, S_h, i, j, token, length, heads, q_sn, k_sn, u_sn, v_sn, dq,
-                P, N, BD, BN, REVERSE, BACKWARD, DOT, PRECISION, ALIGN,
+            there = j < length
+            other = token_of(j, length, REVERSE)
+            m = product_of(
+                U_h, V_h, token, other, inside, there, u_sn, v_sn, P, BD, ALIGN, DOT, PRECISION
+            )  # fmt: skip
+            m *= decays_of(S_h, i, j, length, BACKWARD)
+            if BACKWARD:
+                m *= tl.load(DT_h + token * heads, mask=inside, other=0.0)[:, None]
+            else:
+                m *= tl.load(DT_h + other * heads, mask=there, other=0.0)[None, :]
+            k = rows_of(K, other, there, n, k_sn, N, ALIGN).to(DOT)  # [BK, NA]
+            dq = tl.dot(m.to(DOT), k, dq, input_precision=PRECISION)
+            if NB:
+                k = rows_of(K, other, there, n_b, k_sn, N, ALIGN).to(DOT)  # [BK, NB]
+                dq_b = tl.dot(m.to(DOT), k, dq_b, input_precision=PRECISION)
+            m *= product_of(
+                Q, K, token, other, inside, there, q_sn, k_sn, N, BD, ALIGN, DOT, PRECISION
             )  # fmt: skip
             apart = at >= start + BM if BACKWARD else at < start
             if apart:
@@ -195,8 +200,12 @@ def ssd_bwd_keys(
         tl.store(PAIRS + h * length + i, pairs, mask=inside)
 
     row = ((b * length + token) * groups + g) * splits + split  # [BM]
+    at = DQ + row[:, None] * N
     mask = inside[:, None] & (n < N)[None, :]
-    tl.store(DQ + row[:, None] * N + n[None, :], dq.to(DQ.dtype.element_ty), mask=mask)
+    tl.store(at + n[None, :], dq.to(DQ.dtype.element_ty), mask=mask)
+    if NB:
+        mask = inside[:, None] & (n_b < N)[None, :]
+        tl.store(at + n_b[None, :], dq_b.to(DQ.dtype.element_ty), mask=mask)
 
 
 @triton.jit(

@@ -15,31 +15,33 @@ from typing import NamedTuple
 class Step(NamedTuple):
     """A program holds `held` tokens of a chunk and takes `taken` others at a time, with at most
     `columns` of their channels and features; "states" holds a tile of `columns` by `columns` of a
-    state and takes `taken` tokens at a time."""
+    state and takes `taken` tokens at a time. Columns of a result beyond `piece` are another
+    piece."""
 
     held: int
     taken: int
     columns: int
     warps: int
     stages: int
+    piece: int = 64
 
 
 # (vendor, kernel, bytes of an element) -> a `Step` for max(P, N) up to 64 and up to 128. "sm_86" is
 # what sm_86 to sm_89 have of their own.
-_STEPS: dict[tuple[str, str, int], list[tuple[int, int, int, int, int]]] = {
+_STEPS: dict[tuple[str, str, int], list[tuple[int, ...]]] = {
     ("cuda", "states", 2): [(64, 64, 64, 4, 2), (64, 64, 64, 4, 2)],
-    ("cuda", "states", 4): [(32, 32, 64, 4, 2), (32, 32, 32, 8, 2)],
-    ("cuda", "read", 2): [(64, 32, 64, 4, 2), (64, 64, 128, 8, 2)],
-    ("cuda", "read", 4): [(32, 32, 64, 8, 1), (16, 16, 128, 8, 1)],
-    ("cuda", "keys", 2): [(64, 16, 64, 4, 1), (64, 32, 32, 8, 2)],
-    ("cuda", "keys", 4): [(32, 32, 16, 8, 1), (32, 16, 32, 8, 1)],
-    ("sm_86", "keys", 2): [(64, 16, 32, 4, 1), (64, 32, 32, 8, 2)],
+    ("cuda", "states", 4): [(32, 32, 64, 4, 2), (32, 32, 64, 4, 2)],
+    ("cuda", "read", 2): [(64, 32, 32, 4, 2), (64, 32, 32, 4, 2)],
+    ("cuda", "read", 4): [(64, 16, 32, 4, 1), (64, 16, 32, 4, 1)],
+    ("cuda", "keys", 2): [(64, 16, 64, 4, 1), (64, 32, 32, 8, 1, 128)],
+    ("cuda", "keys", 4): [(32, 16, 16, 4, 1, 128), (32, 16, 16, 4, 1, 128)],
+    ("sm_86", "keys", 2): [(64, 16, 32, 4, 1), (64, 32, 32, 8, 1, 128)],
     ("hip", "states", 2): [(64, 64, 64, 4, 1), (64, 64, 64, 4, 1)],
-    ("hip", "states", 4): [(32, 32, 32, 4, 1), (32, 32, 32, 4, 1)],
-    ("hip", "read", 2): [(64, 16, 64, 4, 1), (64, 16, 128, 4, 1)],
+    ("hip", "states", 4): [(32, 32, 64, 4, 1), (32, 32, 64, 4, 1)],
+    ("hip", "read", 2): [(64, 16, 64, 4, 1), (64, 16, 64, 4, 1)],
     ("hip", "read", 4): [(64, 16, 64, 4, 1), (64, 16, 128, 4, 1)],
-    ("hip", "keys", 2): [(64, 16, 64, 4, 1), (32, 16, 64, 4, 1)],
-    ("hip", "keys", 4): [(32, 16, 32, 4, 1), (32, 16, 32, 4, 1)],
+    ("hip", "keys", 2): [(64, 16, 64, 4, 1), (64, 16, 64, 4, 1)],
+    ("hip", "keys", 4): [(64, 16, 32, 4, 1), (64, 16, 16, 4, 1)],
 }
 
 

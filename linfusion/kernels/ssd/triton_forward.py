@@ -45,6 +45,35 @@ def state_of(STATES, p, n, P: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def product_of(
+    Q, K, i, j, inside, there, sq, sk,
+    D: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows i of Q times rows j of K, BD columns at a time; [len(i), len(j)].
+
+    Float32 is several products one after the other, whose rows are laid out 16 to a warp; four
+    warps over fewer than 64 rows would repeat them. Transposed, they share the columns.
+    """
+    FLIP: tl.constexpr = i.shape[0] < 64
+    if FLIP:
+        w = tl.zeros([j.shape[0], i.shape[0]], tl.float32)
+    else:
+        w = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)  # [BD]
+        q = rows_of(Q, i, inside, d, sq, D, ALIGN).to(DOT)  # [len(i), BD]
+        k = rows_of(K, j, there, d, sk, D, ALIGN).to(DOT)  # [len(j), BD]
+        if FLIP:
+            w = tl.dot(k, tl.trans(q), w, input_precision=PRECISION)
+        else:
+            w = tl.dot(q, tl.trans(k), w, input_precision=PRECISION)
+    if FLIP:
+        w = tl.trans(w)
+    return w
+
+
+@triton.jit
 def decays_of(S, i, j, length, BACKWARD: tl.constexpr):
     """What is left of tokens j at tokens i, of which `BACKWARD` takes the transpose; [BM, BK]."""
     high = tl.load(S + i, mask=i < length, other=0.0)[:, None]
@@ -212,6 +241,62 @@ def ssd_pass(
     tl.store(LAST + bh * SIZE + i, state, mask=i < SIZE)
 
 
+@triton.jit
+def from_the_state(
+    Q, STATES, i, inside, p, sq,
+    P: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Channels p of a state read by rows i of Q, BD features at a time; [len(i), len(p)]."""
+    o = tl.zeros([i.shape[0], p.shape[0]], tl.float32)
+    for start in range(0, N, BD):
+        n = start + tl.arange(0, BD)  # [BD]
+        q = rows_of(Q, i, inside, n, sq, N, ALIGN).to(DOT)  # [len(i), BD]
+        state = state_of(STATES, p, n, P, N).to(DOT)  # [len(p), BD]
+        o = tl.dot(q, tl.trans(state), o, input_precision=PRECISION)
+    return o
+
+
+@triton.jit
+def from_tokens(
+    o, w, V, j, other, there, start, p, sv,
+    P: tl.constexpr, ALIGN: tl.constexpr, BACKWARD: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """o [BM, len(p)] and channels p of tokens j, each times its weight w [BM, BK]."""
+    v = rows_of(V, other, there, p, sv, P, ALIGN)  # [BK, len(p)]
+    if not BACKWARD:
+        # Products with 0 would carry what is not finite to the tokens before it.
+        v = tl.where((tl.abs(v) < float("inf")) | (j < start)[:, None], v, 0.0)
+    return tl.dot(w, v.to(DOT), o, input_precision=PRECISION)
+
+
+@triton.jit
+def read_end(
+    o, X, V, DT, SKIP, OUT, DSKIP, i, token, inside, p, length, heads, sx, sv,
+    P: tl.constexpr, SKIPS: tl.constexpr, BACKWARD: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Store channels p of y or dx, and the share of dskip; returns what they give ddt, [BM]."""
+    x = rows_of(X, token, inside, p, sx, P, ALIGN)  # [BM, len(p)]
+    ddt = tl.sum(o * x, 1)
+    if BACKWARD:
+        o *= tl.load(DT + token * heads, mask=inside, other=0.0)[:, None]
+    else:
+        lost = tl.min(tl.where(tl.abs(x) < float("inf"), length, i[:, None]), 0)  # [len(p)]
+        o = tl.where(i[:, None] >= lost[None, :], float("nan"), o)
+    if SKIPS:
+        skip = tl.load(SKIP + p, mask=p < P, other=0.0)
+        if BACKWARD:
+            dy = rows_of(V, token, inside, p, sv, P, ALIGN)  # [BM, len(p)]
+            tl.store(DSKIP + p, tl.sum(dy * x, 0), mask=p < P)
+            o += skip[None, :] * dy
+        else:
+            o += skip[None, :] * x
+    mask = inside[:, None] & (p < P)[None, :]
+    tl.store(OUT + token[:, None] * heads * P + p[None, :], o.to(OUT.dtype.element_ty), mask=mask)
+    return ddt
+
+
 @triton.jit(
     do_not_specialize=[
         "length",
@@ -260,11 +345,14 @@ def ssd_read(
     x_sh,
     P: tl.constexpr,
     N: tl.constexpr,
-    BP: tl.constexpr,
+    PA: tl.constexpr,
+    PB: tl.constexpr,
+    BD: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
     CHUNK: tl.constexpr,
+    HOLDS: tl.constexpr,
     SKIPS: tl.constexpr,
     REVERSE: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -274,7 +362,8 @@ def ssd_read(
 ):
     """y of BM tokens of one head, with Q = c, K = b, V = x and the states before the chunks;
     backward dx, ddt and a share of dskip, with Q = b, K = c, V = dy and the gradients of the states
-    after them."""
+    after them. Channels come in pieces `PA` and `PB`; q is held in registers if it `HOLDS`, else
+    read again, BD features at a time, by every step."""
     pid = tl.program_id(0)
     h = (pid % heads).to(tl.int64)
     b = (pid // heads // tl.cdiv(length, BM)).to(tl.int64)
@@ -282,8 +371,7 @@ def ssd_read(
     first = start // CHUNK * CHUNK
     last = tl.minimum(first + CHUNK, length) - 1
     i = start + tl.arange(0, BM)  # [BM]
-    p = tl.arange(0, BP)  # [BP]
-    n = tl.arange(0, BN)  # [BN]
+    p = tl.arange(0, PA)  # [PA]
     inside = i < length
     token = token_of(i, length, REVERSE)
     g = h // (heads // groups)
@@ -295,41 +383,53 @@ def ssd_read(
     X += (b * x_sb + h * x_sh) * ALIGN
     STATES += ((b * tl.cdiv(length, CHUNK) + start // CHUNK) * heads + h) * (P * N)
 
-    q = rows_of(Q, token, inside, n, q_sn, N, ALIGN).to(DOT)  # [BM, BN]
-    state = state_of(STATES, p, n, P, N).to(DOT)  # [BP, BN]
-    o = tl.dot(q, tl.trans(state), input_precision=PRECISION)  # [BM, BP]
-    o *= to_the_edge(S, i, last, length, BACKWARD)[:, None]
+    scale = to_the_edge(S, i, last, length, BACKWARD)[:, None]
+    o = from_the_state(Q, STATES, token, inside, p, q_sn, P, N, BD, ALIGN, DOT, PRECISION)
+    o *= scale  # [BM, PA]
+    if PB:
+        p_b = PA + tl.arange(0, PB)  # [PB]
+        o_b = from_the_state(Q, STATES, token, inside, p_b, q_sn, P, N, BD, ALIGN, DOT, PRECISION)
+        o_b *= scale  # [BM, PB]
+    if HOLDS:
+        n = tl.arange(0, BN)  # [BN]
+        q = rows_of(Q, token, inside, n, q_sn, N, ALIGN).to(DOT)  # [BM, BN]
     begin = start if BACKWARD else first
     end = last + 1 if BACKWARD else tl.minimum(start + BM, length)
     for at in range(begin, end, BK):
         j = at + tl.arange(0, BK)  # [BK]
+        there = j < length
         other = token_of(j, length, REVERSE)
-        k = rows_of(K, other, j < length, n, k_sn, N, ALIGN).to(DOT)  # [BK, BN]
-        v = rows_of(V, other, j < length, p, v_sn, P, ALIGN)  # [BK, BP]
-        w = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BK]
+        if HOLDS:
+            k = rows_of(K, other, there, n, k_sn, N, ALIGN).to(DOT)  # [BK, BN]
+            w = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BM, BK]
+        else:
+            w = product_of(
+                Q, K, token, other, inside, there, q_sn, k_sn, N, BD, ALIGN, DOT, PRECISION
+            )  # fmt: skip
         w *= decays_of(S, i, j, length, BACKWARD)
         if not BACKWARD:
-            w *= tl.load(DT + other * heads, mask=j < length, other=0.0)[None, :]
-            # Products with 0 would carry what is not finite to the tokens before it.
-            w = tl.where(i[:, None] >= j[None, :], w, 0.0)
-            v = tl.where((tl.abs(v) < float("inf")) | (j < start)[:, None], v, 0.0)
-        o = tl.dot(w.to(DOT), v.to(DOT), o, input_precision=PRECISION)
+            w *= tl.load(DT + other * heads, mask=there, other=0.0)[None, :]
+            w = tl.where(i[:, None] >= j[None, :], w, 0.0)  # also where k is not finite
+        w = w.to(DOT)
+        o = from_tokens(
+            o, w, V, j, other, there, start, p, v_sn, P, ALIGN, BACKWARD, DOT, PRECISION
+        )  # fmt: skip
+        if PB:
+            o_b = from_tokens(
+                o_b, w, V, j, other, there, start, p_b, v_sn, P, ALIGN, BACKWARD, DOT, PRECISION
+            )  # fmt: skip
 
-    mask = inside[:, None] & (p < P)[None, :]
-    x = rows_of(X, token, inside, p, x_sn, P, ALIGN)  # [BM, BP]
-    if not BACKWARD:
-        lost = tl.min(tl.where(tl.abs(x) < float("inf"), length, i[:, None]), 0)  # [BP]
-        o = tl.where(i[:, None] >= lost[None, :], float("nan"), o)
-    if BACKWARD:
-        tl.store(DDT + (b * length + token) * heads + h, tl.sum(o * x, 1), mask=inside)
-        o *= tl.load(DT + token * heads, mask=inside, other=0.0)[:, None]
-    if SKIPS:
-        skip = tl.load(SKIP + (b * heads + h) * P + p, mask=p < P, other=0.0)
-        if BACKWARD:
-            dy = rows_of(V, token, inside, p, v_sn, P, ALIGN)  # [BM, BP]
-            tl.store(DSKIP + pid.to(tl.int64) * P + p, tl.sum(dy * x, 0), mask=p < P)
-            o += skip[None, :] * dy
-        else:
-            o += skip[None, :] * x
+    SKIP += (b * heads + h) * P
     OUT += (b * length * heads + h) * P
-    tl.store(OUT + token[:, None] * heads * P + p[None, :], o.to(OUT.dtype.element_ty), mask=mask)
+    DSKIP += pid.to(tl.int64) * P
+    ddt = read_end(
+        o, X, V, DT, SKIP, OUT, DSKIP, i, token, inside, p, length, heads, x_sn, v_sn,
+        P, SKIPS, BACKWARD, ALIGN,
+    )  # fmt: skip
+    if PB:
+        ddt += read_end(
+            o_b, X, V, DT, SKIP, OUT, DSKIP, i, token, inside, p_b, length, heads, x_sn, v_sn,
+            P, SKIPS, BACKWARD, ALIGN,
+        )  # fmt: skip
+    if BACKWARD:
+        tl.store(DDT + (b * length + token) * heads + h, ddt, mask=inside)

@@ -95,8 +95,8 @@ def step_of(target: Target, kernel: str, choices: Choices, x: Tensor, b: Tensor,
     )
 
 
-def columns_of(step: Step, constants: dict[str, Any]) -> int:
-    return min(step.columns, max(constants["BP"], constants["BN"]))
+def columns_of(step: Step, widest: int) -> int:
+    return min(step.columns, widest)
 
 
 def sizes_of(k: Tensor, v: Tensor) -> dict[str, int]:

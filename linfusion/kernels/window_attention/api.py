@@ -87,6 +87,10 @@ def window_attention(
     sums are float32 (float64 for float64 inputs). Under autocast the inputs are cast as
     `scaled_dot_product_attention` casts its own.
 
+    A key or value that is not finite reaches the outputs of the tokens that see it alone, but with
+    "triton": there it reaches the tiles of 64 tokens that its own tile is read for, as a mask
+    multiplies by 0. Gradients have it wherever tiles are read, with every implementation.
+
     Outputs o, l and o', l' of the same queries over disjoint sets of keys merge exactly:
     (exp(l) o + exp(l') o') / (exp(l) + exp(l')).
 

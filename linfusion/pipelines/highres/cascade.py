@@ -7,6 +7,7 @@ attention is as fast and better; above it, image-to-image stages run with local 
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,10 +17,10 @@ from torch import nn
 
 from linfusion.layers.find import candidates
 from linfusion.layers.record import MARKER, record_of
+from linfusion.layers.twin import can_have_a_twin, twin
 from linfusion.linearize import as_softmax, linearize, restore
 from linfusion.pipelines.highres.hosts import called, denoiser, is_transformer, window_options
 from linfusion.pipelines.highres.stages import Job, Stage
-from linfusion.pipelines.highres.twin import can_have_a_twin, twin, with_transformer
 
 Clear = Mapping[str, Any] | bool
 
@@ -67,7 +68,7 @@ def with_windows(pipe: Any, sibling: Any, clear: Clear) -> Iterator[tuple[Any, A
     if called(pipe) is model and can_have_a_twin(model):
         record = record_of(model)
         other = twin(model, record.layers if record else candidates(model, "clear"))
-        pipe, sibling = (with_transformer(one, other) for one in (pipe, sibling))
+        pipe, sibling = (_with_transformer(one, other) for one in (pipe, sibling))
         _put_on(pipe, clear)
         yield pipe, sibling
         return
@@ -78,6 +79,13 @@ def with_windows(pipe: Any, sibling: Any, clear: Clear) -> Iterator[tuple[Any, A
         finally:
             if ours:
                 restore(pipe)
+
+
+def _with_transformer(pipe: Any, transformer: nn.Module) -> Any:
+    """The same pipeline around another transformer; `pipe` is as it was."""
+    other = copy.copy(pipe)
+    other.__dict__["transformer"] = transformer  # past what a pipeline writes into its config
+    return other
 
 
 def _put_on(pipe: Any, clear: Clear) -> bool:

@@ -51,14 +51,3 @@ def step_for(vendor: str, arch: int, kernel: str, d: int, itemsize: int) -> Step
         return _HIP
     wide = d > 64
     return Step(*_INSTEAD.get((arch, kernel, itemsize, wide), _STEPS[kernel, itemsize][wide]))
-
-
-def pieces(d: int, most: int) -> tuple[int, int]:
-    """Powers of two, from 16 to `most`, that hold d columns; the second is 0 if one does."""
-    first = min(most, power_of_2(d))
-    return first, 0 if d <= first else power_of_2(d - first)
-
-
-def power_of_2(d: int) -> int:
-    """The next, from 16 on: the least that a product takes."""
-    return max(16, 1 << (d - 1).bit_length())

@@ -16,6 +16,9 @@ The conventions are those of the linear kernels: one grid axis, strides divided 
 to `DOT`. What says which token is int32, and int64 before it meets a stride: arithmetic on int64
 scalars spills on AMD. Scores are in units of log 2.
 
+A value that is not finite reaches every token of a tile that is read with a mask, as 0 times it is
+NaN. To take it out of what is loaded would cost the asynchronous copies from global memory.
+
 These kernels have been compiled (`make aot`) and interpreted on a CPU; they have never run on a
 GPU.
 """

@@ -19,12 +19,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linfusion.kernels.launch import DOT, Launch, Target, named, rows, strides_of, target_of
+from linfusion.kernels.launch import (
+    DOT,
+    Launch,
+    Target,
+    named,
+    pieces,
+    rows,
+    strides_of,
+    target_of,
+)
 from linfusion.kernels.window_attention.cells import cell_grid, counts
 from linfusion.kernels.window_attention.order import TILES
 from linfusion.kernels.window_attention.triton.backward import window_bwd_q
 from linfusion.kernels.window_attention.triton.backward_keys import window_bwd_all, window_bwd_kv
-from linfusion.kernels.window_attention.triton.configs import Step, pieces, step_for
+from linfusion.kernels.window_attention.triton.configs import Step, step_for
 from linfusion.kernels.window_attention.triton.forward import window_fwd
 from linfusion.kernels.window_attention.triton.lists import lists
 

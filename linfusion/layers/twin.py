@@ -61,10 +61,3 @@ def _over(parameter: nn.Parameter) -> nn.Parameter:
     same: Tensor = parameter.detach()
     with torch.no_grad():
         return nn.Parameter(same, requires_grad=parameter.requires_grad)
-
-
-def with_transformer(pipe: Any, transformer: nn.Module) -> Any:
-    """The same pipeline around another transformer; `pipe` is as it was."""
-    other = copy.copy(pipe)
-    other.__dict__["transformer"] = transformer  # past what a pipeline writes into its config
-    return other
