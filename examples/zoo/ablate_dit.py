@@ -132,9 +132,7 @@ def train(
     if arm.linear:
         linfusion.linearize(dit, "lit", heads=2, conv=arm.conv)
         if arm.inherits:
-            print(
-                linfusion.lit.inherit(dit, teacher.transformer, "lit", seed=args.seed), flush=True
-            )
+            print(linfusion.inherit(dit, teacher.transformer, "lit", seed=args.seed), flush=True)
     scheduler = build_scheduler()
     losses = objective(
         torch.compile(dit, dynamic=False),

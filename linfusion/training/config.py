@@ -47,7 +47,7 @@ class TrainConfig:
         train_projections: also train to_q, to_k, to_v, to_out of each replaced layer.
         projection_rank: what each projection learns is kept a difference of this rank to the
             teacher's, and saved as that; None leaves it free.
-        inherit: of "lit": what the student takes over, as `linfusion.lit.inherit`.
+        inherit: of "lit": what the student takes over, as `linfusion.inherit`.
         teacher_model_name_or_path: of "lit": a pipeline whose transformer teaches; None is the one
             that the student starts from.
         kd_variance_weight: of "lit": weight of the teacher's variance head; None is 0.

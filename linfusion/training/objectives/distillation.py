@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from linfusion.attention import get_method
 from linfusion.layers.find import candidates, select
 from linfusion.layers.projections import attention_parameters, refuse_quantized
-from linfusion.layers.record import RECORD
+from linfusion.layers.record import RECORD, record_of
 from linfusion.linearize import linearize, restore
 from linfusion.students.low_rank import check_rank, low_rank_factors, save_low_rank
 from linfusion.students.saving import save
@@ -68,6 +68,11 @@ class Distillation:
     ) -> None:
         if compare not in COMPARED:
             raise ValueError(f"compare: got {compare!r}, expected one of {COMPARED}")
+        if record_of(model) is not None:
+            raise ValueError(
+                f"model: {type(model).__name__} is linearized already, and its softmax form is what"
+                " teaches; call linfusion.restore first"
+            )
         self._mechanism = get_method(method)
         found = candidates(model, method)
         features = list(found)

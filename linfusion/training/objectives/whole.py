@@ -28,7 +28,7 @@ class WholeStudent:
 
     Args:
         host: the pipeline.
-        policy: of `linfusion.lit.inherit`: what the student starts from.
+        policy: of `linfusion.inherit`: what the student starts from.
         weights: a student to go on from, as this one is saved; then nothing is inherited.
         teacher: another transformer to learn from; None is the one of the pipeline.
         kd_weight, kd_variance_weight: λ₁ and λ₂ of `hybrid_losses`.
@@ -37,7 +37,7 @@ class WholeStudent:
         **options: of method "lit".
 
     Raises:
-        ValueError: as `linfusion.linearize` and `linfusion.lit.inherit`; a teacher that takes other
+        ValueError: as `linfusion.linearize` and `linfusion.inherit`; a teacher that takes other
             inputs or, for λ₂, predicts no variance. The pipeline is then as it was.
     """
 
