@@ -54,7 +54,7 @@ def keys(window: float, cell: int, size: int) -> int:
     last = math.ceil(window) - 1
     rows = (window**2 - y * y for y in range(-last, last + 1))
     disc = sum(2 * math.ceil(math.sqrt(left)) - 1 for left in rows)
-    return disc + (-((-side // cell) ** 2) if cell else 0)
+    return disc + (math.ceil(side / cell) ** 2 if cell else 0)
 
 
 def main() -> None:
