@@ -113,6 +113,12 @@ def test_output_and_gradients_agree_with_the_recurrence(size, reverse, optional,
     check(run(s, 32, reverse), exact(s, reverse), s)
 
 
+@pytest.mark.parametrize("channels, features", [(80, 72), (128, 65)])
+def test_channels_and_features_beyond_a_piece_agree(channels, features, poisoned):
+    s = inputs((1, 70, 2, channels, 1, features))
+    check(run(s, 64, False), exact(s, False), s)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 50, 256, 1000])
 def test_chunks_of_every_size_agree(chunk_size, poisoned):
     s = inputs((1, 270, 2, 16, 1, 16))

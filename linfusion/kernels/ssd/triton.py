@@ -208,6 +208,7 @@ def _keys(
     args |= constants_of(k, v, step, choices, backward, target, (v, q, k))
     args["BD"] = columns_of(step, max(args.pop("BP"), args.pop("BN")))
     args["NA"], args["NB"] = pieces(q.shape[3], step.piece)
-    args["HOISTS"] = target.vendor != "cuda"
+    # Found by compiling: see `ssd_bwd_keys`.
+    args["HOISTS"] = target.vendor != "cuda" or q.shape[3] <= 64
     launch(target, ssd_bwd_keys, programs * splits, args, step)
     return dq[:, :, :, 0] if splits == 1 else dq.sum(3).to(q.dtype), pairs, edges
