@@ -1,8 +1,7 @@
-"""The scan in Triton: what launches the kernels of `triton_forward` and `triton_backward`.
+"""The scan in Triton: what launches the kernels of `triton_forward`, `_read` and `_backward`.
 
-The kernels have been compiled for sm_80, sm_90, sm_100 and gfx942 (`make aot`,
-`docs/kernels-aot.md`) and compared with the reference in Triton's interpreter. They have never run
-on a GPU.
+The kernels have been compiled ahead of time (`make aot`, `docs/kernels-aot.md`) and compared with
+the reference in Triton's interpreter and in the emulator. They have never run on a GPU.
 
 Tokens, keys and queries may have any strides for batch, token and head; a last axis that is not
 contiguous is copied once. Nothing as long as the tokens times the chunk is ever allocated: products
@@ -33,7 +32,6 @@ from linfusion.kernels.ssd.triton_backward import (
     ssd_bwd_within,
 )
 from linfusion.kernels.ssd.triton_configs import num_splits
-from linfusion.kernels.ssd.triton_forward import ssd_read
 from linfusion.kernels.ssd.triton_launch import (
     chunk_states,
     columns_of,
@@ -44,6 +42,7 @@ from linfusion.kernels.ssd.triton_launch import (
     step_of,
     sums_of,
 )
+from linfusion.kernels.ssd.triton_read import ssd_read
 
 __all__ = ["Launch", "Target", "scan", "scan_backward"]
 
