@@ -1,4 +1,4 @@
-"""The parts of hybrid attention as `torch.library` operators: fake, gradient and vmap.
+"""The parts of hybrid attention as `torch.library` operators: fake and gradient.
 
 Importing this file needs torch alone. The kernels behind `impl` are imported at the first call, so
 `torch.compile(fullgraph=True)` sees opaque nodes and a machine without triton loses nothing.

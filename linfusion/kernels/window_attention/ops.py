@@ -1,4 +1,4 @@
-"""Window attention as a `torch.library` operator: fake, gradient and vmap, one boundary a call.
+"""Window attention as a `torch.library` operator: fake and gradient, one boundary a call.
 
 Importing this file needs torch alone. The kernels behind `impl` are imported at the first call, so
 `torch.compile(fullgraph=True)` sees one opaque node and a machine without triton loses nothing.
